@@ -1,0 +1,1 @@
+"""Attention backends that verify draft trees: one file per backend that vLLM has."""

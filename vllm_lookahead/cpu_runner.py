@@ -1,0 +1,44 @@
+"""vLLM's CPU model runner with draft trees."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_lookahead.attention.cpu import TreeCPUAttentionMetadataBuilder, TreeRow, unsupported_reason
+from vllm_lookahead.kv import CPUCommit, moves
+from vllm_lookahead.runner import LookaheadRunnerMixin
+from vllm_lookahead.step import StepTrees, Walks
+
+
+class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
+    """The CPU's attention, KV layout and commit for ``LookaheadRunnerMixin``."""
+
+    def tree_support(self) -> str | None:
+        """See ``LookaheadRunnerMixin.tree_support``."""
+        if self.uses_mrope:
+            return "multi-dimensional RoPE positions (M-RoPE)"
+        if len(self.kv_cache_config.kv_cache_groups) != 1:
+            return "its layers keep different kinds of KV cache"
+        groups = list(self._attn_group_iterator())
+        layers = self.compilation_config.static_forward_context
+        for group in groups:
+            for name in group.layer_names:
+                reason = unsupported_reason(layers[name].impl, group.get_metadata_builder(0))
+                if reason is not None:
+                    return reason
+        self._builders = [group.get_metadata_builder(0) for group in groups]
+        self._commit = CPUCommit(self.kv_caches)
+        return None
+
+    def set_tree_rows(self, rows: list[TreeRow]) -> None:
+        """See ``LookaheadRunnerMixin.set_tree_rows``."""
+        if not self.trees_verifiable:
+            return
+        for builder in self._builders:
+            assert isinstance(builder, TreeCPUAttentionMetadataBuilder)
+            builder.tree_rows = rows
+
+    def commit_kv(self, step: StepTrees, walks: Walks) -> None:
+        """See ``LookaheadRunnerMixin.commit_kv``."""
+        slots = self.input_batch.block_table[0].slot_mapping.np
+        self._commit(*moves(step, walks, self.query_start_loc.np[: step.num_rows + 1], slots))

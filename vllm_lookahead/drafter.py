@@ -1,0 +1,124 @@
+"""The object behind ``runner.drafter``: it keeps one proposer per request and shields the engine from their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+
+from proposers import DraftTree, RequestProposer, Verified
+from vllm_lookahead.config import LookaheadConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+IntArray = NDArray[np.int32]
+
+
+class Drafter:
+    """Makes the guesses for every request of one worker.
+
+    vLLM builds it through its ``custom_class`` hook (``vllm/v1/spec_decode/custom_class_proposer.py``).
+
+    Args:
+        vllm_config: vLLM's config; ours is in ``additional_config["lookahead"]``.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.config = LookaheadConfig.from_vllm_config(vllm_config)
+        self.proposer = self.config.build_proposer()
+        self.max_nodes = self.config.num_speculative_tokens
+        self._requests: dict[str, RequestProposer | None] = {}  # None: its proposer failed, no more drafts
+        self._error_logged = False
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Nothing to load: part of vLLM's interface for drafters."""
+
+    def __len__(self) -> int:
+        """How many requests have state here."""
+        return len(self._requests)
+
+    def propose_tree(self, req_id: str, context: IntArray, num_prompt_tokens: int, budget: int) -> DraftTree | None:
+        """The next tree of one request.
+
+        Args:
+            req_id: vLLM's request id.
+            context: int32 [t], prompt and output so far.
+            num_prompt_tokens: how much of ``context`` is the prompt.
+            budget: most nodes.
+
+        Returns:
+            The tree, or None if there is no guess (or the proposer failed: that is logged once per worker).
+        """
+        try:
+            if req_id not in self._requests:
+                self._requests[req_id] = self.proposer.start(req_id, context[:num_prompt_tokens])
+            request = self._requests[req_id]
+            if request is None:
+                return None
+            tree = request.propose(context, budget)
+            if len(tree) > budget:
+                raise ValueError(f"the tree has {len(tree)} nodes, the budget was {budget}")
+            return tree if len(tree) else None
+        except Exception:
+            self._give_up(req_id)
+            return None
+
+    def observe(self, req_id: str, tree: DraftTree, verified: Verified) -> None:
+        """Tell a request's proposer how its last tree fared."""
+        request = self._requests.get(req_id)
+        if request is None:
+            return
+        try:
+            request.observe(tree, verified)
+        except Exception:
+            self._give_up(req_id)
+
+    def finish(self, req_ids: Iterable[str]) -> None:
+        """Free the state of requests that are gone for good."""
+        for req_id in req_ids:
+            request = self._requests.pop(req_id, None)
+            if request is None:
+                continue
+            try:
+                request.finish()
+            except Exception:
+                self._log_error()
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: NDArray[np.int32],
+        token_ids_cpu: NDArray[np.int32],
+        slot_mappings: object = None,
+    ) -> list[list[int]]:
+        """Chains for vLLM's own runner and rejection sampler.
+
+        Only reached when the user insists on another ``--worker-cls``: that interface knows rows, not requests, so
+        each guess starts from nothing but the context.
+        """
+        drafts: list[list[int]] = []
+        for row, sampled in enumerate(sampled_token_ids):
+            num_tokens = int(num_tokens_no_spec[row])
+            tree = None
+            if sampled and num_tokens < token_ids_cpu.shape[1]:
+                req_id = f"row {row}"
+                tree = self.propose_tree(req_id, token_ids_cpu[row, :num_tokens], num_tokens, self.max_nodes)
+                self.finish([req_id])
+            drafts.append([] if tree is None else tree.as_chain().token_ids.tolist())
+        return drafts
+
+    def _give_up(self, req_id: str) -> None:
+        self._log_error()
+        self._requests[req_id] = None
+
+    def _log_error(self) -> None:
+        if not self._error_logged:
+            self._error_logged = True
+            logger.exception(
+                "Proposer '%s' failed; the request goes on without drafts. Further errors are not logged.",
+                self.config.method,
+            )

@@ -1,0 +1,102 @@
+"""KV commit: after the walk, the accepted nodes' keys and values move to where the next step expects them.
+
+A tree's node i is written at flat position root + 1 + i. The walk accepts nodes in order of depth, so the k-th accepted
+node belongs at position root + 1 + k. Whatever lies beyond is overwritten by the next step.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_lookahead.step import StepTrees, Walks
+
+SlotArray = NDArray[np.int64]
+
+
+def moves(step: StepTrees, walks: Walks, query_start: NDArray[np.int32], slots: SlotArray) -> tuple[SlotArray, SlotArray]:
+    """Which KV slots have to be copied where.
+
+    Args:
+        step: the trees of the step.
+        walks: where the walks ended.
+        query_start: int32 [rows + 1], each row's first token in the flattened batch.
+        slots: int64 [tokens], the KV slot that each token of the batch was written to.
+
+    Returns:
+        Source and destination slots, int64 [moved] each, in an order in which no move overwrites a later source.
+    """
+    return _moves(
+        np.flatnonzero(step.branched).astype(np.int64),
+        walks.paths,
+        walks.lengths,
+        query_start,
+        slots,
+        np.diff(step.starts),
+    )
+
+
+@numba.njit(cache=True)
+def _moves(rows, paths, lengths, query_start, slots, num_nodes):  # type: ignore[no-untyped-def]
+    count = 0
+    for row in rows:
+        for k in range(lengths[row] - 1):
+            if paths[row, k] != k:
+                count += 1
+    src = np.empty(count, np.int64)
+    dst = np.empty(count, np.int64)
+    at = 0
+    for row in rows:
+        # a row's tree nodes are its last tokens; parents before children means path[k] >= k: moving in order is safe
+        first = query_start[row + 1] - num_nodes[row]
+        for k in range(lengths[row] - 1):
+            if paths[row, k] != k:
+                src[at] = slots[first + paths[row, k]]
+                dst[at] = slots[first + k]
+                at += 1
+    return src, dst
+
+
+class CPUCommit:
+    """Moves KV entries in the CPU backend's paged cache, whose blocks hold K transposed.
+
+    Per block and kv head the cache is K as ``[head_size, block_size]`` followed by V as ``[block_size, head_size]``
+    (vLLM's ``CPU_ATTN`` with isa "vec" and "vec16"; csrc/cpu/cpu_attn_vec.hpp).
+
+    Args:
+        kv_caches: every layer's cache, ``[num_blocks, num_kv_heads, block_size, 2 * head_size]``.
+    """
+
+    def __init__(self, kv_caches: list[torch.Tensor]) -> None:
+        self.caches = [_as_integers(cache) for cache in kv_caches]
+
+    def __call__(self, src: SlotArray, dst: SlotArray) -> None:
+        """Copy slot ``src[i]`` to slot ``dst[i]`` in every layer, in order."""
+        if len(src) == 0:
+            return
+        for cache in self.caches:
+            _copy_slots(cache, src, dst)
+
+
+def _as_integers(cache: torch.Tensor) -> NDArray[np.generic]:
+    """The cache's memory as numpy integers of the same width (numpy knows no bfloat16)."""
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32}[cache.element_size()]
+    return cache.view(width).numpy()
+
+
+@numba.njit(cache=True)
+def _copy_slots(cache, src, dst):  # type: ignore[no-untyped-def]
+    num_blocks, num_heads, block_size, twice = cache.shape
+    head_size = twice // 2
+    flat = cache.reshape(num_blocks, num_heads, block_size * twice)
+    values = block_size * head_size
+    for i in range(len(src)):
+        from_block, from_offset = divmod(src[i], block_size)
+        to_block, to_offset = divmod(dst[i], block_size)
+        for head in range(num_heads):
+            source, target = flat[from_block, head], flat[to_block, head]
+            for d in range(head_size):
+                target[d * block_size + to_offset] = source[d * block_size + from_offset]
+                target[values + to_offset * head_size + d] = source[values + from_offset * head_size + d]

@@ -1,0 +1,200 @@
+"""Sampling at the nodes of the draft trees: which tokens the target model itself would have produced.
+
+Drafts are deterministic, so the lossless rule is simple: at each visited node sample the next token exactly as vLLM
+would without speculation; if a child carries it, go there, else stop. vLLM's own ``Sampler`` does the sampling, one
+depth at a time for the whole batch. That is what makes every option exact for free: at depth d each row's penalties,
+bad words, minimum length and logits processors see the output so far plus the row's path, and a seeded request's
+generator is drawn from once per emitted position, in position order, as without drafts. Only visited nodes are
+sampled, a few per row, so the softmax and sorting work does not grow with the tree.
+
+Greedy batches without any such option take one argmax over all nodes and one walk instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+from vllm_lookahead.step import PLACEHOLDER, StepTrees, Walks, walk_all
+
+
+def is_idle(processor: LogitsProcessor) -> bool:
+    """Whether a logits processor has nothing to do for any request of the batch; unknown ones always may."""
+    match processor:
+        case MinTokensLogitsProcessor():
+            return not processor.min_toks
+        case LogitBiasLogitsProcessor():
+            return not processor.biases
+        case MinPLogitsProcessor():
+            return not processor.min_p_count
+        case _:
+            return False
+
+
+def is_plain(metadata: SamplingMetadata) -> bool:
+    """Whether sampling a row depends on nothing but its logits, temperature, top-k, top-p and generator."""
+    holder = metadata.thinking_budget_state_holder
+    return (
+        metadata.no_penalties
+        and not metadata.bad_words_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.logprob_token_ids
+        and (holder is None or not holder.has_tracked_requests())
+        and all(is_idle(processor) for processor in metadata.logitsprocs.all)
+    )
+
+
+class TreeSampler:
+    """Samples at tree nodes with vLLM's sampler and walks the trees.
+
+    Args:
+        sampler: vLLM's sampler.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        metadata: SamplingMetadata,
+        step: StepTrees,
+        discard: NDArray[np.bool_],
+        output_token_ids: list[list[int]],
+    ) -> tuple[SamplerOutput, Walks]:
+        """Sample and walk one step.
+
+        Args:
+            logits: float [nodes + rows, vocabulary], rows ordered as in ``StepTrees``. Not modified.
+            metadata: vLLM's sampling metadata of the batch, one row per request.
+            step: the trees.
+            discard: bool [rows], rows whose sample vLLM throws away (prompts not yet fully prefilled): nothing is
+                drawn from their generators.
+            output_token_ids: each row's output so far: the very lists that vLLM's processors hold. They are extended
+                during the walk and restored before returning.
+        """
+        plain = is_plain(metadata)
+        if metadata.all_greedy and plain and metadata.max_num_logprobs is None:
+            sampled = self.sampler.greedy_sample(logits).cpu().numpy()
+            walks = walk_all(step, sampled)
+            return _output(walks, None), walks
+        return self._walk_by_depth(logits, metadata, step, discard, output_token_ids, plain)
+
+    def _walk_by_depth(
+        self,
+        logits: torch.Tensor,
+        metadata: SamplingMetadata,
+        step: StepTrees,
+        discard: NDArray[np.bool_],
+        output_token_ids: list[list[int]],
+        plain: bool,
+    ) -> tuple[SamplerOutput, Walks]:
+        rows = step.num_rows
+        root_rows = step.root_logits_rows()
+        nodes = np.full(rows, -1, np.int32)
+        active = np.arange(rows)
+        tokens: list[NDArray[np.int32]] = []
+        paths: list[NDArray[np.int32]] = []
+        logprobs: list[LogprobsTensors] = []
+        lengths = np.zeros(rows, np.int32)
+        appended = np.zeros(rows, np.int32)
+        try:
+            while len(active):
+                # Row-indexed state (penalties, processors) needs every row present; otherwise only the active ones.
+                visited = active if plain else np.arange(rows)
+                row_logits = logits[torch.from_numpy(root_rows[visited] + 1 + nodes[visited]).to(logits.device)]
+                drawing = set(active[~discard[active]].tolist())
+                out = self.sampler(row_logits, _metadata_of(metadata, visited, drawing, subset=plain))
+                sampled = out.sampled_token_ids[:, 0].cpu().numpy()
+                if out.logprobs_tensors is not None:
+                    logprobs.append(_scatter(out.logprobs_tensors, visited, rows))
+                depth_tokens = np.full(rows, PLACEHOLDER, np.int32)
+                depth_path = np.full(rows, -1, np.int32)
+                going_on = []
+                for row in active:
+                    token = int(sampled[row if not plain else np.searchsorted(visited, row)])
+                    depth_tokens[row] = token
+                    lengths[row] += 1
+                    child = step.find_child(row, nodes[row], token) if step.num_nodes(row) and not discard[row] else -1
+                    if child >= 0:
+                        nodes[row] = depth_path[row] = child
+                        output_token_ids[row].append(token)
+                        appended[row] += 1
+                        going_on.append(row)
+                tokens.append(depth_tokens)
+                paths.append(depth_path)
+                active = np.array(going_on, dtype=np.int64)
+                if going_on:
+                    # Output lists grew: MinTokens and custom processors look at them again, as in a step of their own.
+                    for processor in metadata.logitsprocs.all:
+                        processor.update_state(None)
+        finally:
+            for row in np.flatnonzero(appended):
+                del output_token_ids[row][-int(appended[row]) :]
+        walks = Walks(np.stack(tokens, axis=1), np.stack(paths, axis=1), lengths)
+        return _output(walks, logprobs or None), walks
+
+
+def _metadata_of(
+    metadata: SamplingMetadata, visited: NDArray[np.int64], drawing: set[int], *, subset: bool
+) -> SamplingMetadata:
+    """The batch's metadata for one depth: only rows in ``drawing`` may draw from their generators."""
+    if not subset:
+        generators = {row: g for row, g in metadata.generators.items() if row in drawing}
+        return replace(metadata, generators=generators, spec_token_ids=None)
+    if len(visited) == (metadata.temperature.shape[0] if metadata.temperature is not None else -1):
+        generators = {row: g for row, g in metadata.generators.items() if row in drawing}
+        return replace(metadata, generators=generators, spec_token_ids=None)
+    position = {int(row): i for i, row in enumerate(visited)}
+    index = torch.from_numpy(visited)
+
+    def pick(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[index.to(values.device)]
+
+    return replace(
+        metadata,
+        temperature=pick(metadata.temperature),
+        top_p=pick(metadata.top_p),
+        top_k=pick(metadata.top_k),
+        generators={position[row]: g for row, g in metadata.generators.items() if row in drawing},
+        spec_token_ids=None,
+    )
+
+
+def _scatter(logprobs: LogprobsTensors, visited: NDArray[np.int64], rows: int) -> LogprobsTensors:
+    """Spread the visited rows' logprobs over all batch rows (the others are filtered out by vLLM's parsing)."""
+    if len(visited) == rows:
+        return logprobs
+    index = torch.from_numpy(visited).to(logprobs.logprobs.device)
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        out = values.new_zeros((rows, *values.shape[1:]))
+        out[index] = values
+        return out
+
+    return LogprobsTensors(
+        spread(logprobs.logprob_token_ids), spread(logprobs.logprobs), spread(logprobs.selected_token_ranks)
+    )
+
+
+def _output(walks: Walks, logprobs: list[LogprobsTensors] | None) -> SamplerOutput:
+    """vLLM's sampler output, as ``RejectionSampler.parse_output`` expects it: rows padded with placeholders."""
+    tensors = None
+    if logprobs is not None:
+        ids, values, ranks = (
+            torch.stack([depth[field] for depth in logprobs], dim=1).flatten(0, 1) for field in range(3)
+        )
+        tensors = LogprobsTensors(ids, values, ranks)
+    return SamplerOutput(sampled_token_ids=torch.from_numpy(walks.tokens), logprobs_tensors=tensors)

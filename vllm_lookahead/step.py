@@ -1,0 +1,161 @@
+"""The draft trees of one engine step, flattened over the batch, and the walk down them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from proposers import DraftTree
+
+IntArray = NDArray[np.int32]
+PLACEHOLDER = -1
+"""vLLM's filler for a row of ``SamplerOutput.sampled_token_ids`` (``rejection_sampler.PLACEHOLDER_TOKEN_ID``)."""
+
+
+@dataclass(slots=True)
+class StepTrees:
+    """What one step verifies: for each batch row a root and, below it, the nodes that the scheduler let through.
+
+    Row r's root is logits row ``starts[r] + r``; its node i is logits row ``starts[r] + r + 1 + i``.
+
+    Attributes:
+        starts: int32 [rows + 1], where each row's nodes begin in ``tokens`` and ``parents``.
+        tokens: int32 [nodes], the token of every node.
+        parents: int32 [nodes], index of the parent within the row, -1 for the root.
+        trees: per row the tree that its proposer made (it may be longer than what was scheduled), or None for a row
+            without drafts or with drafts that are not ours (the scheduler's padding).
+        branched: bool [rows], rows whose scheduled nodes are not simply a chain: those need an ancestor mask.
+    """
+
+    starts: IntArray
+    tokens: IntArray
+    parents: IntArray
+    trees: list[DraftTree | None]
+    branched: NDArray[np.bool_]
+
+    @classmethod
+    def build(
+        cls,
+        req_ids: Sequence[str],
+        scheduled: Mapping[str, list[int]],
+        proposed: Mapping[str, DraftTree],
+    ) -> StepTrees:
+        """Match what the scheduler scheduled with what was proposed.
+
+        Drafts are identified by their tokens: the scheduler may cut a tree (every prefix is a tree), drop it, or pad a
+        row with placeholders; whatever is not a prefix of the proposed tree is verified as a chain, which is always
+        right because a walk accepts only what the target model samples.
+        """
+        rows = len(req_ids)
+        starts = np.zeros(rows + 1, np.int32)
+        trees: list[DraftTree | None] = [None] * rows
+        branched = np.zeros(rows, np.bool_)
+        tokens: list[IntArray] = []
+        parents: list[IntArray] = []
+        for row, req_id in enumerate(req_ids):
+            drafts = scheduled.get(req_id)
+            if not drafts:
+                starts[row + 1] = starts[row]
+                continue
+            row_tokens = np.asarray(drafts, dtype=np.int32)
+            n = len(row_tokens)
+            chain = np.arange(-1, n - 1, dtype=np.int32)
+            row_parents = chain
+            tree = proposed.get(req_id)
+            if tree is not None and len(tree) >= n and np.array_equal(tree.token_ids[:n], row_tokens):
+                row_parents = tree.parents[:n]
+                trees[row] = tree
+                branched[row] = not np.array_equal(row_parents, chain)
+            tokens.append(row_tokens)
+            parents.append(row_parents)
+            starts[row + 1] = starts[row] + n
+        empty = np.zeros(0, np.int32)
+        return cls(
+            starts,
+            np.concatenate(tokens) if tokens else empty,
+            np.concatenate(parents) if parents else empty,
+            trees,
+            branched,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """How many batch rows the step has."""
+        return len(self.starts) - 1
+
+    def num_nodes(self, row: int) -> int:
+        """How many nodes of this row are verified."""
+        return int(self.starts[row + 1] - self.starts[row])
+
+    def root_logits_rows(self) -> IntArray:
+        """int32 [rows]: the logits row of every root."""
+        return self.starts[:-1] + np.arange(self.num_rows, dtype=np.int32)
+
+    def find_child(self, row: int, node: int, token: int) -> int:
+        """The first child of ``node`` (-1: the root) that carries ``token``; -1 if there is none."""
+        return int(_find_child(self.tokens, self.parents, self.starts[row], self.starts[row + 1], node, token))
+
+
+@dataclass(slots=True)
+class Walks:
+    """Where the walks of one step ended.
+
+    Attributes:
+        tokens: int32 [rows, longest], the sampled tokens of each row's walk, padded with ``PLACEHOLDER``.
+        paths: int32 [rows, longest], the accepted nodes' indices within their row, padded with -1.
+        lengths: int32 [rows], tokens in each row: accepted nodes + 1.
+    """
+
+    tokens: IntArray
+    paths: IntArray
+    lengths: IntArray
+
+    def path(self, row: int) -> IntArray:
+        """The accepted nodes of one row, from the root down."""
+        return self.paths[row, : self.lengths[row] - 1]
+
+
+def walk_all(step: StepTrees, sampled: NDArray[np.int64]) -> Walks:
+    """Walk every tree at once, given the token sampled at every node.
+
+    Args:
+        step: the trees.
+        sampled: int64 [nodes + rows], the sampled token of each logits row.
+    """
+    longest = 1 + (int(np.max(np.diff(step.starts))) if step.num_rows else 0)
+    tokens = np.full((step.num_rows, longest), PLACEHOLDER, np.int32)
+    paths = np.full((step.num_rows, longest), -1, np.int32)
+    lengths = np.zeros(step.num_rows, np.int32)
+    _walk_all(sampled, step.tokens, step.parents, step.starts, tokens, paths, lengths)
+    used = int(lengths.max()) if step.num_rows else 1
+    return Walks(tokens[:, :used], paths[:, :used], lengths)
+
+
+@numba.njit(cache=True, inline="always")
+def _find_child(tokens, parents, start, end, node, token):  # type: ignore[no-untyped-def]
+    # parents come before children, so the scan may begin right after the parent
+    for i in range(start + node + 1, end):
+        if parents[i] == node and tokens[i] == token:
+            return i - start
+    return -1
+
+
+@numba.njit(cache=True)
+def _walk_all(sampled, tokens, parents, starts, out_tokens, out_paths, lengths):  # type: ignore[no-untyped-def]
+    for row in range(len(starts) - 1):
+        start, end = starts[row], starts[row + 1]
+        root_row = start + row
+        node, length = -1, 0
+        while True:
+            token = sampled[root_row + 1 + node]
+            out_tokens[row, length] = token
+            node = _find_child(tokens, parents, start, end, node, token)
+            if node < 0:
+                break
+            out_paths[row, length] = node
+            length += 1
+        lengths[row] = length + 1
