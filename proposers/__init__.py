@@ -1,0 +1,26 @@
+"""Guesses for speculative decoding: draft token trees, and the algorithms that make them. No vllm, no torch."""
+
+from proposers.base import Proposer, ProposerOptions, RequestProposer, Verified
+from proposers.lookahead import Lookahead, LookaheadOptions, LookaheadRequest
+from proposers.prompt_lookup import PromptLookup, PromptLookupOptions
+from proposers.registry import get, names, register
+from proposers.tree import ROOT, DraftTree, TrieBuilder, merge
+
+__all__ = [
+    "ROOT",
+    "DraftTree",
+    "Lookahead",
+    "LookaheadOptions",
+    "LookaheadRequest",
+    "PromptLookup",
+    "PromptLookupOptions",
+    "Proposer",
+    "ProposerOptions",
+    "RequestProposer",
+    "TrieBuilder",
+    "Verified",
+    "get",
+    "merge",
+    "names",
+    "register",
+]

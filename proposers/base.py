@@ -1,0 +1,78 @@
+"""What a proposer is: the interface between the algorithms and the engine. No vllm, no torch here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from proposers.tree import DraftTree, IntArray
+
+
+class ProposerOptions(BaseModel):
+    """Options that every proposer has; a proposer's own model derives from it. Unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(slots=True, frozen=True)
+class Verified:
+    """What the target model said about one request's tree in one step.
+
+    Attributes:
+        tokens: int32 [a + 1], the tokens that this step emitted: the accepted path's, then the new root.
+        path: int32 [a], indices of the accepted nodes, from the root down.
+        argmax: int32 [m + 1] or None, the argmax of the target's logits after the root (entry 0) and after node i
+            (entry i + 1), for the first m nodes of the tree; m < n if the scheduler truncated the tree. None unless
+            the proposer's ``needs_argmax`` is set.
+        num_nodes: m, how many nodes were verified.
+    """
+
+    tokens: IntArray
+    path: IntArray
+    argmax: IntArray | None
+    num_nodes: int
+
+
+class RequestProposer(ABC):
+    """The guesses for one request, from its first token to its last."""
+
+    @abstractmethod
+    def propose(self, context: IntArray, budget: int) -> DraftTree:
+        """Guess what follows ``context``.
+
+        Args:
+            context: int32 [t], prompt and output so far; the last entry is the root. A view: don't keep it.
+                Between two calls it only grows.
+            budget: most nodes that the tree may have, at least 0.
+        """
+
+    def observe(self, tree: DraftTree, verified: Verified) -> None:  # noqa: B027 - learning is optional
+        """Learn from the verification of the last proposed tree. Not called for a tree that was dropped unverified."""
+
+    def finish(self) -> None:  # noqa: B027 - most hold nothing but memory
+        """Free what this request holds. Called once, however the request ends."""
+
+
+class Proposer(ABC):
+    """One per worker process: options, shared tables, and the maker of per-request proposers."""
+
+    Options: ClassVar[type[ProposerOptions]] = ProposerOptions
+    needs_argmax: bool = False
+
+    def __init__(self, options: ProposerOptions) -> None:
+        self.options = options
+
+    @abstractmethod
+    def start(self, request_id: str, prompt: IntArray) -> RequestProposer:
+        """Begin a request. All randomness must come from ``request_id``: every tensor-parallel rank must agree.
+
+        Args:
+            request_id: vLLM's id of the request.
+            prompt: int32 [p], its prompt tokens. A view: don't keep it.
+        """
+
+    def warm_up(self) -> None:  # noqa: B027 - not every proposer compiles
+        """Compile or load what the first request would otherwise wait for. Called at engine start."""

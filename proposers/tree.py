@@ -1,0 +1,204 @@
+"""The draft token tree: the one thing that proposers make and the engine verifies (arrays only, no policy)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+BoolArray = NDArray[np.bool_]
+
+ROOT = -1
+"""The ``parents`` entry of a node that hangs from the root (the last accepted token, which is not a node)."""
+
+
+@dataclass(slots=True, frozen=True)
+class DraftTree:
+    """Guessed tokens hanging from the root; parents come before children, so every prefix is a valid tree.
+
+    Siblings carry different tokens among the *verification* nodes, where a proposer merges its guesses into a trie;
+    a comb may repeat a token that a sibling has. A walk takes the first child that matches.
+
+    Attributes:
+        token_ids: int32 [n], the guessed token of each node.
+        parents: int32 [n], index of each node's parent, ``ROOT`` (-1) for a child of the root; ``parents[i] < i``.
+        depths: int32 [n], distance to the root, so at least 1; the RoPE position is root position + depth.
+    """
+
+    token_ids: IntArray
+    parents: IntArray
+    depths: IntArray
+
+    @classmethod
+    def empty(cls) -> DraftTree:
+        """The tree without a node: nothing is guessed, the step is plain decoding."""
+        return cls(*np.empty((3, 0), np.int32))
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int] | IntArray) -> DraftTree:
+        """A tree without branches: each token is the only child of the one before."""
+        n = len(tokens)
+        steps = np.arange(n, dtype=np.int32)
+        return cls(np.array(tokens, np.int32), steps - np.int32(1), steps + np.int32(1))
+
+    @classmethod
+    def from_parents(cls, token_ids: Sequence[int] | IntArray, parents: Sequence[int] | IntArray) -> DraftTree:
+        """A tree from tokens and parents; the depths follow. Parents must come before children (see ``validate``)."""
+        parents = np.array(parents, np.int32)
+        return cls(np.array(token_ids, np.int32), parents, _depths(parents))
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def prefix(self, n: int) -> DraftTree:
+        """The tree of the first ``n`` nodes (all of them if there are fewer), as views of this tree's arrays."""
+        return DraftTree(self.token_ids[:n], self.parents[:n], self.depths[:n])
+
+    def ancestor_mask(self) -> BoolArray:
+        """Which nodes attend to which, bool [n, n]: node i to node j if j is i or an ancestor of i."""
+        mask = np.zeros((len(self), len(self)), np.bool_)
+        _fill_ancestor_mask(self.parents, mask)
+        return mask
+
+    def first_path(self) -> IntArray:
+        """int32 [d], the nodes of the path that takes the first child everywhere: the proposer's best single guess."""
+        return _first_path(self.parents)
+
+    def as_chain(self) -> DraftTree:
+        """The first path alone, as a chain: for requests and models that can't verify a tree."""
+        return DraftTree.chain(self.token_ids[self.first_path()])
+
+    def walk(self, sampled: Sequence[int] | IntArray) -> IntArray:
+        """The accepted path: at each visited node, go on to the first child that carries the sampled token.
+
+        The plain reference for the engine's vectorised walk.
+
+        Args:
+            sampled: int [m + 1], the token sampled after the root (entry 0) and after node i (entry i + 1), for the
+                first m nodes; m may be less than n, then only those nodes were verified.
+
+        Returns:
+            int32 [a], the accepted nodes from the root down.
+        """
+        verified = len(sampled) - 1
+        path: list[int] = []
+        here = ROOT
+        for node in range(verified):
+            # Children come after their parent, so one pass over the nodes meets every step of the walk in order.
+            if self.parents[node] == here and self.token_ids[node] == sampled[here + 1]:
+                path.append(node)
+                here = node
+        return np.array(path, np.int32)
+
+    def validate(self, *, unique_siblings: bool = False) -> None:
+        """Check what the class promises (for tests).
+
+        Args:
+            unique_siblings: also ask that no two children of a node carry the same token, as in a trie.
+
+        Raises:
+            ValueError: says which promise which node breaks.
+        """
+        arrays = {"token_ids": self.token_ids, "parents": self.parents, "depths": self.depths}
+        for name, array in arrays.items():
+            if array.dtype != np.int32 or array.ndim != 1 or len(array) != len(self):
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, expected int32 ({len(self)},)")
+        children: set[tuple[int, int]] = set()
+        for node, (token, parent, depth) in enumerate(zip(*(a.tolist() for a in arrays.values()), strict=True)):
+            if token < 0:
+                raise ValueError(f"node {node} has token {token}, expected at least 0")
+            if not ROOT <= parent < node:
+                raise ValueError(f"node {node} has parent {parent}, expected {ROOT} or an earlier node")
+            expected = 1 if parent == ROOT else int(self.depths[parent]) + 1
+            if depth != expected:
+                raise ValueError(f"node {node} has depth {depth}, expected {expected}")
+            if unique_siblings and (parent, token) in children:
+                raise ValueError(f"node {node} repeats token {token} among the children of {parent}")
+            children.add((parent, token))
+
+
+class TrieBuilder:
+    """Merges guesses into one tree: a prefix that several guesses share becomes one path, verified once.
+
+    Guesses added first come first among siblings, and get their nodes first when the budget runs out.
+
+    Args:
+        budget: most nodes that the tree may have.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._tokens: list[int] = []
+        self._parents: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}
+
+    def add(self, guess: Iterable[int]) -> int:
+        """Add one guess, tokens from the root down; cut off where the budget ends. Returns the number of new nodes."""
+        before = len(self._tokens)
+        node = ROOT
+        for token in map(int, guess):
+            child = self._children.get((node, token))
+            if child is None:
+                if len(self._tokens) >= self.budget:
+                    break
+                child = len(self._tokens)
+                self._children[node, token] = child
+                self._tokens.append(token)
+                self._parents.append(node)
+            node = child
+        return len(self._tokens) - before
+
+    def build(self) -> DraftTree:
+        """The tree of what was added so far."""
+        return DraftTree.from_parents(self._tokens, self._parents)
+
+
+def merge(guesses: Iterable[Iterable[int]], budget: int) -> DraftTree:
+    """Merge guesses, best first, into one tree of at most ``budget`` nodes (see ``TrieBuilder``)."""
+    builder = TrieBuilder(budget)
+    for guess in guesses:
+        builder.add(guess)
+    return builder.build()
+
+
+@njit(cache=True)
+def _depths(parents: IntArray) -> IntArray:
+    depths = np.empty(len(parents), np.int32)
+    for node in range(len(parents)):
+        parent = parents[node]
+        # An invalid parent is left for validate() to name; reading past the array would be undefined here.
+        depths[node] = depths[parent] + 1 if 0 <= parent < node else 1
+    return depths
+
+
+@njit(cache=True)
+def _fill_ancestor_mask(parents: IntArray, mask: BoolArray) -> None:
+    for node in range(len(parents)):
+        parent = parents[node]
+        if parent >= 0:
+            mask[node, : parent + 1] = mask[parent, : parent + 1]
+        mask[node, node] = True
+
+
+@njit(cache=True)
+def _first_path(parents: IntArray) -> IntArray:
+    path = np.empty(len(parents), np.int32)
+    length = 0
+    here = -1  # ROOT
+    for node in range(len(parents)):
+        if parents[node] == here:
+            path[length] = node
+            length += 1
+            here = node
+    return path[:length]
+
+
+def warm_up() -> None:
+    """Compile this module's kernels (or load them from numba's cache)."""
+    tree = DraftTree.from_parents([1, 2], [ROOT, 0])
+    tree.ancestor_mask()
+    tree.as_chain()

@@ -1,0 +1,137 @@
+"""DraftTree: what the engine may rely on, whatever a proposer guesses."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proposers.tree import ROOT, DraftTree, TrieBuilder, merge
+
+tokens = st.integers(0, 3)
+guesses = st.lists(st.lists(tokens, max_size=6), max_size=12)
+
+
+@st.composite
+def trees(draw: st.DrawFn, max_nodes: int = 40) -> DraftTree:
+    """Any valid tree; siblings may carry the same token, as they do in a comb."""
+    n = draw(st.integers(0, max_nodes))
+    parents = [draw(st.integers(ROOT, node - 1)) for node in range(n)]
+    return DraftTree.from_parents([draw(tokens) for _ in range(n)], parents)
+
+
+def ancestors(tree: DraftTree, node: int) -> set[int]:
+    found = set()
+    while node != ROOT:
+        found.add(node)
+        node = int(tree.parents[node])
+    return found
+
+
+def paths(tree: DraftTree) -> set[tuple[int, ...]]:
+    """The token sequences from the root to every node."""
+    return {tuple(int(tree.token_ids[a]) for a in sorted(ancestors(tree, node))) for node in range(len(tree))}
+
+
+def test_empty_and_chain() -> None:
+    assert len(DraftTree.empty()) == 0
+    DraftTree.empty().validate()
+    chain = DraftTree.chain([7, 8, 9])
+    chain.validate()
+    assert chain.parents.tolist() == [ROOT, 0, 1]
+    assert chain.depths.tolist() == [1, 2, 3]
+    assert chain.ancestor_mask().tolist() == np.tri(3, dtype=bool).tolist()
+
+
+@given(trees(), st.integers(0, 50))
+def test_every_prefix_is_a_valid_tree(tree: DraftTree, n: int) -> None:
+    tree.prefix(n).validate()
+    assert len(tree.prefix(n)) == min(n, len(tree))
+
+
+@given(trees())
+def test_ancestor_mask_is_what_climbing_the_parents_finds(tree: DraftTree) -> None:
+    mask = tree.ancestor_mask()
+    assert mask.shape == (len(tree), len(tree))
+    for node in range(len(tree)):
+        assert set(np.flatnonzero(mask[node]).tolist()) == ancestors(tree, node)
+        assert mask[node].sum() == tree.depths[node]
+
+
+@given(trees())
+def test_first_path_takes_the_first_child_everywhere(tree: DraftTree) -> None:
+    path, here = [], ROOT
+    while (children := np.flatnonzero(tree.parents == here)).size:
+        here = int(children[0])
+        path.append(here)
+    assert tree.first_path().tolist() == path
+    chain = tree.as_chain()
+    chain.validate()
+    assert chain.token_ids.tolist() == [tree.token_ids[node] for node in path]
+
+
+@given(trees(), st.data())
+def test_walk_goes_to_the_first_child_that_carries_the_sampled_token(tree: DraftTree, data: st.DataObject) -> None:
+    verified = data.draw(st.integers(0, len(tree)))
+    sampled = data.draw(st.lists(tokens, min_size=verified + 1, max_size=verified + 1))
+    path, here = [], ROOT
+    while True:
+        matching = [
+            child
+            for child in range(verified)
+            if tree.parents[child] == here and tree.token_ids[child] == sampled[here + 1]
+        ]
+        if not matching:
+            break
+        here = matching[0]
+        path.append(here)
+    assert tree.walk(sampled).tolist() == path
+
+
+def test_walk_of_a_comb_prefers_the_earlier_twin() -> None:
+    tree = DraftTree.from_parents([5, 5, 6], [ROOT, ROOT, 1])
+    assert tree.walk([5, 6, 6, 0]).tolist() == [0], "the first child wins, although its twin would go on"
+
+
+@given(guesses)
+def test_merge_has_every_guess_as_a_path_when_the_budget_allows(guesses: list[list[int]]) -> None:
+    tree = merge(guesses, budget=sum(map(len, guesses)))
+    tree.validate(unique_siblings=True)
+    assert paths(tree) == {tuple(guess[:n]) for guess in guesses for n in range(1, len(guess) + 1)}
+
+
+@given(guesses, st.integers(0, 20))
+def test_merge_keeps_to_its_budget_and_fills_it_in_order(guesses: list[list[int]], budget: int) -> None:
+    tree = merge(guesses, budget)
+    tree.validate(unique_siblings=True)
+    everything = merge(guesses, budget=1000)
+    assert len(tree) == min(budget, len(everything))
+    assert tree.token_ids.tolist() == everything.prefix(budget).token_ids.tolist(), "deterministic, best guess first"
+    assert tree.parents.tolist() == everything.prefix(budget).parents.tolist()
+
+
+def test_trie_builder_tells_how_many_nodes_are_new() -> None:
+    builder = TrieBuilder(budget=4)
+    assert builder.add([1, 2]) == 2
+    assert builder.add([1, 2]) == 0
+    assert builder.add([1, 3]) == 1
+    assert builder.add([4, 5, 6]) == 1, "cut off where the budget ends"
+    assert builder.build().token_ids.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "parents", "depths", "message"),
+    [
+        ([1, 1], [ROOT, 1], [1, 2], "node 1 has parent 1"),
+        ([1, 1], [ROOT, -2], [1, 2], "node 1 has parent -2"),
+        ([1, 1], [ROOT, 0], [1, 1], "node 1 has depth 1, expected 2"),
+        ([-1], [ROOT], [1], "node 0 has token -1"),
+        ([1, 1], [ROOT, ROOT], [1, 1], "node 1 repeats token 1 among the children of -1"),
+        ([1], [ROOT, 0], [1, 2], "parents is int32"),
+    ],
+)
+def test_validate_names_what_is_wrong(
+    token_ids: list[int], parents: list[int], depths: list[int], message: str
+) -> None:
+    tree = DraftTree(np.array(token_ids, np.int32), np.array(parents, np.int32), np.array(depths, np.int32))
+    with pytest.raises(ValueError, match=message):
+        tree.validate(unique_siblings=True)

@@ -1,0 +1,1 @@
+"""The demo: a bundled model, prompts, and stock vLLM against ours in one table."""

@@ -1,0 +1,192 @@
+"""The entry point that vLLM loads in every process: it makes our method names known to vLLM, and nothing else.
+
+vLLM (``vllm/plugins/__init__.py``) calls ``register`` in the API process, the engine core and each worker. Without a
+request for one of our methods every wrapper passes its call on unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from vllm_lookahead import wrappers
+from vllm_lookahead.config import ConfigError, LookaheadConfig, method_names, requested_method
+from vllm_lookahead.contract import UnsupportedVLLMError, check_contract
+from vllm_lookahead.numba_guard import guard
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+DRAFTER = "vllm_lookahead.drafter.Drafter"
+"""The class that vLLM's ``custom_class`` hook builds. As ``speculative_config.model`` it marks a config as ours."""
+
+WORKERS = {
+    "cpu": "vllm_lookahead.worker.CPULookaheadWorker",
+    "cuda": "vllm_lookahead.worker.GPULookaheadWorker",
+}
+"""Our worker class for each kind of device."""
+
+FLAGS = (
+    ("--spec-method", "spec_method", "method"),
+    ("--spec-model", "spec_model", "model"),
+    ("--spec-tokens", "spec_tokens", "num_speculative_tokens"),
+)
+"""Command line flag, field of ``EngineArgs``, and the key of the speculative config that it stands for."""
+
+_command_line = False
+"""Whether this process parses a vLLM command line: then a mistake ends in a message and status 2, not a traceback."""
+
+
+def register() -> None:
+    """Teach vLLM our method names. Safe to call any number of times.
+
+    Wrapped are ``EngineArgs.add_cli_args`` and ``EngineArgs.create_speculative_config``
+    (``vllm/engine/arg_utils.py``) and ``SamplingParams._validate_spec_decode`` (``vllm/sampling_params.py``).
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
+
+    wrappers.wrap(EngineArgs, "add_cli_args", _with_flags)
+    wrappers.wrap(EngineArgs, "create_speculative_config", _with_methods)
+    wrappers.wrap(SamplingParams, "_validate_spec_decode", _with_every_sampling_parameter)
+
+
+def is_ours(speculative_config: Any) -> bool:
+    """Whether a ``vllm.config.SpeculativeConfig`` is one that this plugin made."""
+    return speculative_config is not None and getattr(speculative_config, "model", None) == DRAFTER
+
+
+def _with_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--speculative-model`` and ``--num-speculative-tokens``, the names that older vLLM had, and our methods."""
+
+    @functools.wraps(add_cli_args)
+    def wrapper(parser: Any) -> Any:
+        global _command_line
+        parser = add_cli_args(parser)
+        _command_line = True
+        # argparse has no public way to ask for what was added before
+        actions = {option: action for action in parser._actions for option in action.option_strings}
+        groups = {action: group for group in parser._action_groups for action in group._group_actions}
+        method = actions.get("--spec-method")
+        if method is not None and method.choices:
+            method.choices = [*method.choices, *sorted(method_names() - set(method.choices))]
+        for flag, other in (("--speculative-model", "--spec-model"), ("--num-speculative-tokens", "--spec-tokens")):
+            if flag not in actions and other in actions:
+                like = actions[other]
+                groups.get(like, parser).add_argument(
+                    flag, dest=like.dest, type=like.type, default=like.default, help=f"The same as {other}."
+                )
+        return parser
+
+    return wrapper
+
+
+def _with_methods(create_speculative_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a request for one of our methods into vLLM's ``custom_class`` method and our worker class."""
+    signature = inspect.signature(create_speculative_config)
+
+    @functools.wraps(create_speculative_config)
+    def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        try:
+            config = _requested_config(self)
+            if config is not None:
+                arguments = signature.bind(self, *args, **kwargs).arguments
+                _prepare(config, self, arguments["target_model_config"], arguments["target_parallel_config"])
+        except (ConfigError, UnsupportedVLLMError) as error:
+            if not _command_line:
+                raise
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        finally:
+            guard()
+        if config is None:
+            return create_speculative_config(self, *args, **kwargs)
+        # A copy, because vLLM writes into its EngineArgs here, and may come back with the same one.
+        stock = copy.copy(self)
+        stock.spec_method = stock.spec_model = stock.spec_tokens = None
+        stock.speculative_config = {
+            "method": "custom_class",
+            "model": DRAFTER,
+            "num_speculative_tokens": config.num_speculative_tokens,
+        }
+        return create_speculative_config(stock, *args, **kwargs)
+
+    return wrapper
+
+
+def _with_every_sampling_parameter(validate: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM refuses min_p and logit_bias next to speculative decoding; our verification supports both."""
+
+    @functools.wraps(validate)
+    def wrapper(self: Any, speculative_config: Any) -> None:
+        if not is_ours(speculative_config):
+            validate(self, speculative_config)
+
+    return wrapper
+
+
+def _requested_config(engine_args: EngineArgs) -> LookaheadConfig | None:
+    """Our part of the engine's arguments, or None if they don't ask for one of our methods.
+
+    Raises:
+        ConfigError: the request is wrong.
+    """
+    given = engine_args.speculative_config
+    settings = {key.replace("-", "_"): value for key, value in given.items()} if isinstance(given, Mapping) else {}
+    twice = []
+    for flag, field, key in FLAGS:
+        value = getattr(engine_args, field, None)
+        if value is not None:
+            if key in settings:
+                twice.append(f"{flag} and --speculative-config['{key}'] are mutually exclusive")
+            settings[key] = value
+    if not settings:
+        return None
+    requested = requested_method(settings, method_names(), stock_methods())
+    if requested is None:
+        return None
+    if twice:
+        raise ConfigError("; ".join(twice))
+    return LookaheadConfig.parse(*requested)
+
+
+def _prepare(config: LookaheadConfig, engine_args: EngineArgs, model_config: Any, parallel_config: Any) -> None:
+    """Check that this engine can serve ``config``, and leave in vLLM's config what our worker needs.
+
+    Raises:
+        ConfigError: it can't.
+        UnsupportedVLLMError: this vLLM differs from what the worker was written for.
+    """
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    from vllm_lookahead.support import Setup, check_support
+
+    setup = Setup(engine_args, model_config, parallel_config, current_platform)
+    check_support(config.method, setup)
+    check_contract()
+
+    if not isinstance(engine_args.additional_config, dict):
+        raise ConfigError(f"[{config.method}] needs additional_config to be a mapping")
+    engine_args.additional_config = {**engine_args.additional_config, **config.to_additional_config()}
+    worker = WORKERS[setup.device]
+    if parallel_config.worker_cls == "auto":
+        parallel_config.worker_cls = worker
+    elif parallel_config.worker_cls != worker:
+        init_logger("vllm.vllm_lookahead").warning(
+            "[%s] keeps --worker-cls %s as asked: drafts are chains there, verified by vLLM's rejection sampler. "
+            "Leave the option out to verify draft trees.",
+            config.method,
+            parallel_config.worker_cls,
+        )
+
+
+def stock_methods() -> tuple[str, ...]:
+    """The names of vLLM's own methods, from its type annotation (empty if it has none that we can read)."""
+    from vllm.config import speculative
+
+    return get_args(getattr(speculative, "SpeculativeMethod", None))
