@@ -3,8 +3,8 @@
 Every source of guesses (matches in the context, n-grams of the pool) is brought into one form: a *candidate* is what
 followed some earlier place which agrees with the end of the context in its last ``match`` tokens. Candidates that share
 a prefix share nodes. A node's probability is its parent's times the share of the parent's candidates which go there,
-weighted by how long they match, times the chance that any candidate of the parent is right at all, which also grows
-with the length of the match. Nodes are emitted by falling probability, so that a prefix of the tree is the best tree
+weighted by how long they match and how recent they are, times the chance that any candidate of the parent is right at
+all, which also grows with the length of the match. Nodes are emitted by falling probability, so that a prefix of the tree is the best tree
 of its size, and the first child of a node is its likeliest.
 
 All arithmetic is plain IEEE in a fixed order: every tensor-parallel rank gets the same tree.
@@ -22,8 +22,10 @@ MAX_MATCH = 16
 
 # Chance that the next token is among the candidates' when the longest of them matches this many tokens.
 HIT = np.array([0.0, 0.35, 0.55, 0.70, 0.78, 0.83, 0.86, 0.88, 0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.96, 0.97])
-# Weight of one candidate beside others.
-WEIGHT = 3.0 ** np.arange(MAX_MATCH + 1)
+# Weight of one candidate beside others, by the length of its match, and how fast it falls with its place in the order.
+# Measured on replayed Python source: 1.4 to 2 and 0.1 to 0.3 are equally good, no decay or a faster one costs 1-3%.
+WEIGHT = 1.7 ** np.arange(MAX_MATCH + 1)
+DECAY = 0.2
 
 
 @njit(cache=True)
@@ -42,7 +44,7 @@ def grow_tree(
         tokens: int32 [>= count, d], a candidate's tokens, from the root's child down.
         lengths: int32 [>= count], how many of its row's tokens a candidate has.
         matches: int32 [>= count], how many tokens before its first one agree with the context, 1 to ``MAX_MATCH``.
-        count: number of candidates; among equals, earlier ones win.
+        count: number of candidates, most trusted first.
         budget: most nodes.
         threshold: leave out nodes that are less probable than this.
         out: int32 [3, >= budget], receives the nodes' tokens, parents and depths.
@@ -94,7 +96,7 @@ def grow_tree(
                     child_start[c] = 0
                     children += 1
                 child_of[k] = c
-                w = WEIGHT[matches[i]]
+                w = WEIGHT[matches[i]] / (1.0 + DECAY * i)
                 child_weight[c] += w
                 child_start[c] += 1
                 total += w

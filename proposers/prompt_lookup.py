@@ -24,11 +24,11 @@ MAX_NGRAM = 8
 class PromptLookupOptions(ProposerOptions):
     """What ``prompt_lookup`` can be told."""
 
-    max_ngram: int = Field(5, ge=1, le=MAX_NGRAM, description="Longest suffix of the context that is looked up.")
+    max_ngram: int = Field(4, ge=1, le=MAX_NGRAM, description="Longest suffix of the context that is looked up.")
     min_ngram: int = Field(1, ge=1, le=MAX_NGRAM, description="Shortest suffix of the context that is looked up.")
-    max_draft_tokens: int = Field(40, ge=1, le=1024, description="Most nodes of the draft tree.")
+    max_draft_tokens: int = Field(32, ge=1, le=1024, description="Most nodes of the draft tree.")
     max_depth: int = Field(16, ge=1, le=128, description="Longest guess, in tokens.")
-    max_matches: int = Field(32, ge=1, le=256, description="Most earlier places whose continuations are merged.")
+    max_matches: int = Field(64, ge=1, le=256, description="Most earlier places whose continuations are merged.")
     min_probability: float = Field(
         0.002, ge=0.0, le=1.0, description="Nodes estimated to be accepted less often than this are left out."
     )

@@ -111,13 +111,16 @@ class LookaheadConfig(BaseModel):
 def max_nodes(options: ProposerOptions) -> int:
     """Most nodes that a proposer with these options puts into one tree.
 
-    A proposer says so with a ``max_nodes`` property on its options; without one, ``max_draft_tokens`` is the answer.
+    A proposer says so with a ``max_nodes`` property on its options. Without one it is ``max_draft_tokens``, and beside
+    those the comb of W * (N - 1) - 1 nodes if there is a window.
     """
-    for name in ("max_nodes", "max_draft_tokens"):
-        value = getattr(options, name, None)
-        if value is not None:
-            return min(int(value), MAX_NODES)
-    return MAX_NODES
+    declared = getattr(options, "max_nodes", None)
+    if declared is not None:
+        return min(int(declared), MAX_NODES)
+    guesses = getattr(options, "max_draft_tokens", MAX_NODES)
+    window, ngram = getattr(options, "window_size", None), getattr(options, "ngram_size", None)
+    comb = 0 if window is None or ngram is None else window * (ngram - 1) - 1
+    return min(guesses + comb, MAX_NODES)
 
 
 def method_names() -> set[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_lookahead.attention.cpu import TreeCPUAttentionMetadataBuilder, TreeRow, unsupported_reason
+from vllm_lookahead.attention.cpu import TreeCPUAttentionMetadataBuilder, unsupported_reason
 from vllm_lookahead.kv import CPUCommit, moves
 from vllm_lookahead.runner import LookaheadRunnerMixin
 from vllm_lookahead.step import StepTrees, Walks
+from vllm_lookahead.tree_rows import TreeRows
 
 
 class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
@@ -30,13 +31,11 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
         self._commit = CPUCommit(self.kv_caches)
         return None
 
-    def set_tree_rows(self, rows: list[TreeRow]) -> None:
-        """See ``LookaheadRunnerMixin.set_tree_rows``."""
-        if not self.trees_verifiable:
-            return
+    def set_trees(self, trees: TreeRows | None) -> None:
+        """See ``LookaheadRunnerMixin.set_trees``."""
         for builder in self._builders:
             assert isinstance(builder, TreeCPUAttentionMetadataBuilder)
-            builder.tree_rows = rows
+            builder.trees = trees
 
     def commit_kv(self, step: StepTrees, walks: Walks) -> None:
         """See ``LookaheadRunnerMixin.commit_kv``."""

@@ -21,11 +21,11 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from proposers import DraftTree, Verified
-from vllm_lookahead.attention.cpu import TreeRow
 from vllm_lookahead.drafter import Drafter
 from vllm_lookahead.hidden import hidden, muted
 from vllm_lookahead.sampler import TreeSampler
 from vllm_lookahead.step import StepTrees, Walks
+from vllm_lookahead.tree_rows import TreeRows
 
 if TYPE_CHECKING:
     Base = GPUModelRunner
@@ -38,7 +38,7 @@ logger = init_logger(f"vllm.{__name__}")
 class LookaheadRunnerMixin(Base):
     """Verifies draft trees in one forward pass and proposes the next ones.
 
-    A subclass names vLLM's runner after this mixin and implements ``tree_support``, ``set_tree_rows`` and
+    A subclass names vLLM's runner after this mixin and implements ``tree_support``, ``set_trees`` and
     ``commit_kv``.
     """
 
@@ -70,7 +70,7 @@ class LookaheadRunnerMixin(Base):
         """Why this model on this device can't verify trees (then drafts are chains), or None."""
         raise NotImplementedError
 
-    def set_tree_rows(self, rows: list[TreeRow]) -> None:
+    def set_trees(self, trees: TreeRows | None) -> None:
         """Hand the step's tree rows to the attention metadata builders."""
         raise NotImplementedError
 
@@ -101,39 +101,14 @@ class LookaheadRunnerMixin(Base):
         )
         self._step = step
         self._proposed = {}
-        rows = self._tree_rows(step)
-        if rows:
-            self._set_tree_positions(step, rows)
-        self.set_tree_rows(rows)
+        if self.trees_verifiable:
+            trees = TreeRows.of(step, self.query_start_loc.np, self.optimistic_seq_lens_cpu.numpy())
+            if trees is not None:
+                # RoPE positions follow the depth; KV slots keep the flat positions that they were computed from
+                device = self.positions.device
+                self.positions[torch.from_numpy(trees.tokens).to(device)] = torch.from_numpy(trees.positions).to(device)
+            self.set_trees(trees)
         return result
-
-    def _tree_rows(self, step: StepTrees) -> list[TreeRow]:
-        rows = []
-        for row in np.flatnonzero(step.branched).tolist():
-            n = step.num_nodes(row)
-            end = int(self.query_start_loc.np[row + 1])
-            tree = step.trees[row]
-            assert tree is not None
-            mask = np.ones((n + 1, n + 1), np.bool_)
-            mask[0, 1:] = False
-            mask[1:, 1:] = tree.prefix(n).ancestor_mask()
-            # the root is the row's last token before its nodes
-            prefix = int(self.optimistic_seq_lens_cpu[row]) - n - 1
-            rows.append(TreeRow(row, end - n - 1, n + 1, prefix, mask))
-        return rows
-
-    def _set_tree_positions(self, step: StepTrees, rows: list[TreeRow]) -> None:
-        """RoPE positions are root position + depth; the KV slots keep the flat positions they were computed from."""
-        index = np.concatenate([np.arange(row.start, row.start + row.length) for row in rows])
-        positions = []
-        for row in rows:
-            tree = step.trees[row.row]
-            assert tree is not None
-            positions.append(np.concatenate(([0], tree.depths[: row.length - 1])) + row.prefix)
-        device = self.positions.device
-        self.positions[torch.from_numpy(index).to(device)] = torch.from_numpy(
-            np.concatenate(positions).astype(np.int64)
-        ).to(device, self.positions.dtype)
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         step = self._step

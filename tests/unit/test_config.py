@@ -85,7 +85,7 @@ def test_budget(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [-1, 11, "all", 2.0, True, None])
 def test_budget_out_of_range(value: Any) -> None:
-    with pytest.raises(ConfigError, match='budget = .*"auto" or an integer from 0 to 10'):
+    with pytest.raises(ConfigError, match=r'budget = .*"auto" or an integer from 0 to 10'):
         LookaheadConfig.parse("prompt_lookup", {"num_speculative_tokens": 10, "budget": value})
 
 
@@ -114,7 +114,7 @@ def test_wrong_option_is_named_with_what_it_allows(settings: dict[str, Any], mes
 
 
 def test_all_mistakes_are_told_at_once() -> None:
-    with pytest.raises(ConfigError, match="max_ngram = 0.*min_ngram = 0.*unknown option 'x'"):
+    with pytest.raises(ConfigError, match=r"max_ngram = 0.*min_ngram = 0.*unknown option 'x'"):
         LookaheadConfig.parse("prompt_lookup", {"max_ngram": 0, "min_ngram": 0, "x": 1})
 
 

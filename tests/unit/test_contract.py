@@ -106,5 +106,4 @@ def test_changed_vllm_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_part_twice() -> None:
-    paths = [part.path for part in CONTRACT]
-    assert len(paths) == len(set((type(part), part.path) for part in CONTRACT)) == len(paths)
+    assert len({(type(part), part.path) for part in CONTRACT}) == len(CONTRACT)

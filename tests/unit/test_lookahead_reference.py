@@ -81,7 +81,7 @@ class PaperLookahead:
         best = max((agreed(guess) for guess in guesses), key=len, default=[])
         if best:
             return best
-        # In the comb, a column's tooth comes before the next trunk token: the lowest column that goes on right is taken.
+        # In the comb, a column's tooth comes before the next trunk token: the lowest column that fits is taken.
         fitting = dict(enumerate(columns))
         while True:
             right = [*best, model(context + best)]

@@ -140,7 +140,11 @@ def test_users_own_dictionaries_are_left_alone(model: str) -> None:
 
 def test_explicit_worker_class_wins(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("logging.Logger.warning", lambda self, message, *args: warnings.append(message % args))
+
+    def warning(self: Any, message: str, *args: Any, **kwargs: Any) -> None:
+        warnings.append(message % args)
+
+    monkeypatch.setattr("logging.Logger.warning", warning)
     stock = "vllm.v1.worker.cpu_worker.CPUWorker"
     config = vllm_config(model, speculative_config={"method": "prompt_lookup"}, worker_cls=stock)
     assert config.parallel_config.worker_cls == stock

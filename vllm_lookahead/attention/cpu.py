@@ -7,7 +7,6 @@ every node sees the prefix, its ancestors and itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -23,27 +22,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_lookahead.attention.cpu_kernels import tree_outputs, tree_scores
+from vllm_lookahead.tree_rows import TreeRows
+
 READABLE_ISAS = ("vec", "vec16")
 """Kernels whose cache layout we can read: K transposed, V plain (see ``vllm_lookahead.kv.CPUCommit``)."""
-
-
-@dataclass(slots=True, frozen=True)
-class TreeRow:
-    """One batch row that is verified as a branched tree.
-
-    Attributes:
-        row: index in the batch.
-        start: first token of the root and its nodes in the flattened batch.
-        length: nodes + 1.
-        prefix: tokens before the root, whose KV is in the cache.
-        mask: bool [length, length], who sees whom among the root (index 0) and the nodes.
-    """
-
-    row: int
-    start: int
-    length: int
-    prefix: int
-    mask: NDArray[np.bool_]
 
 
 @dataclass
@@ -51,70 +34,25 @@ class TreeCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata, and what the tree rows need.
 
     Attributes:
-        tree_groups: the tree rows in groups of equal padded shape, one attention call each.
+        trees: the step's tree rows.
+        tree_blocks: int32 [tree rows, most blocks], their cache blocks.
     """
 
-    tree_groups: Sequence[TreeGroup] = ()
-
-
-@dataclass(slots=True)
-class TreeGroup:
-    """Tree rows that are computed together, padded to a common number of nodes and cache blocks.
-
-    Attributes:
-        tokens: int64 [rows, length], positions of each row's root and nodes in the flattened batch; padding repeats
-            the root.
-        blocks: int64 [rows, blocks], the cache blocks that hold each row's prefix, root and nodes.
-        bias: float32 [rows, 1, length, blocks * block_size], 0 where a query sees a key, -inf elsewhere.
-        real: int64 [tokens], which entries of ``tokens`` (flattened) aren't padding; None if there is none.
-    """
-
-    tokens: torch.Tensor
-    blocks: torch.Tensor
-    bias: torch.Tensor
-    real: torch.Tensor | None
-
-    @classmethod
-    def build(cls, rows: Sequence[TreeRow], block_table: torch.Tensor, block_size: int) -> TreeGroup:
-        """Lay out one group.
-
-        Args:
-            rows: the tree rows.
-            block_table: int32 [batch, max_blocks].
-            block_size: tokens per cache block.
-        """
-        length = max(row.length for row in rows)
-        num_blocks = max(-(-(row.prefix + row.length) // block_size) for row in rows)
-        tokens = np.empty((len(rows), length), np.int64)
-        bias = np.full((len(rows), 1, length, num_blocks * block_size), -np.inf, np.float32)
-        padded = False
-        for i, row in enumerate(rows):
-            tokens[i] = row.start
-            tokens[i, : row.length] += np.arange(row.length)
-            bias[i, 0, :, : row.prefix + 1] = 0.0
-            inside = bias[i, 0, : row.length, row.prefix : row.prefix + row.length]
-            inside[...] = np.where(row.mask, np.float32(0.0), np.float32(-np.inf))
-            padded |= row.length < length
-        real = None
-        if padded:
-            used = np.arange(length) < np.array([row.length for row in rows])[:, None]
-            real = torch.from_numpy(np.flatnonzero(used))
-        index = torch.tensor([row.row for row in rows])
-        blocks = block_table[index, :num_blocks].long()
-        return cls(torch.from_numpy(tokens), blocks, torch.from_numpy(bias), real)
+    trees: TreeRows | None = None
+    tree_blocks: NDArray[np.int32] | None = None
 
 
 class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     """vLLM's builder, which also takes the step's trees.
 
-    The runner sets ``tree_rows`` before vLLM builds the step's metadata.
+    The runner sets ``trees`` before vLLM builds the step's metadata.
     """
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.tree_rows: Sequence[TreeRow] = ()
+        self.trees: TreeRows | None = None
         if self.isa == "amx":
             # amx packs the cache in tiles that only its own kernel reads
             self.isa = "vec"
@@ -124,16 +62,17 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         """vLLM's metadata; with tree rows, those are made as cheap as can be for vLLM's kernel and get a plan of ours."""
-        if not self.tree_rows:
+        trees = self.trees
+        if trees is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        rows = torch.from_numpy(trees.rows)
         seq_lens = common_attn_metadata.seq_lens.clone()
-        for row in self.tree_rows:
-            seq_lens[row.row] = row.length
-        common = replace(common_attn_metadata, seq_lens=seq_lens)
-        stock = super().build(common_prefix_len, common, fast_build)
-        group = TreeGroup.build(self.tree_rows, common_attn_metadata.block_table_tensor, self.block_size)
+        seq_lens[rows] = torch.from_numpy(trees.lengths).to(seq_lens.dtype)
+        stock = super().build(common_prefix_len, replace(common_attn_metadata, seq_lens=seq_lens), fast_build)
+        num_blocks = -(-int((trees.prefixes + trees.lengths).max()) // self.block_size)
+        blocks = common_attn_metadata.block_table_tensor[rows, :num_blocks].numpy()
         values = {field.name: getattr(stock, field.name) for field in fields(CPUAttentionMetadata)}
-        return TreeCPUAttentionMetadata(**values, tree_groups=(group,))
+        return TreeCPUAttentionMetadata(**values, trees=trees, tree_blocks=blocks)
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
@@ -156,50 +95,41 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
         )
         if isinstance(attn_metadata, TreeCPUAttentionMetadata):
-            for group in attn_metadata.tree_groups:
-                tree_attention(query, kv_cache, group, self.scale, output)
+            assert attn_metadata.trees is not None and attn_metadata.tree_blocks is not None
+            tree_attention(query, kv_cache, attn_metadata.trees, attn_metadata.tree_blocks, self.scale, output)
         return result
 
 
 def tree_attention(
-    query: torch.Tensor, kv_cache: torch.Tensor, group: TreeGroup, scale: float, output: torch.Tensor
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    trees: TreeRows,
+    blocks: NDArray[np.int32],
+    scale: float,
+    output: torch.Tensor,
 ) -> None:
-    """Masked attention for one group of tree rows over the paged cache, in float32.
+    """Masked attention for the tree rows over the paged cache, computed in float32.
 
     Args:
-        query: [tokens, num_heads, head_size].
+        query: [tokens, num_heads, head_size], float32 or bfloat16.
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], K of a block transposed (see ``kv.CPUCommit``).
-        group: the rows.
-        scale: of the scores.
-        output: [tokens, num_heads, head_size], written in place.
+        trees: the tree rows.
+        blocks: int32 [tree rows, most blocks], their cache blocks.
+        scale: factor of the scores.
+        output: [tokens, num_heads, head_size], the tree rows' part is written in place.
     """
-    rows, length = group.tokens.shape
-    _, num_kv_heads, block_size, twice = kv_cache.shape
-    head_size = twice // 2
-    per_kv = query.shape[1] // num_kv_heads
-    num_blocks = group.blocks.shape[1]
-    keys = num_blocks * block_size
-
-    gathered = kv_cache.flatten(2).index_select(0, group.blocks.flatten()).float()
-    gathered = gathered.view(rows, num_blocks, num_kv_heads, 2, head_size * block_size)
-    k = gathered[:, :, :, 0].view(rows, num_blocks, num_kv_heads, head_size, block_size)
-    k = k.permute(0, 2, 3, 1, 4).reshape(rows * num_kv_heads, head_size, keys)
-    v = gathered[:, :, :, 1].view(rows, num_blocks, num_kv_heads, block_size, head_size)
-    v = v.permute(0, 2, 1, 3, 4).reshape(rows * num_kv_heads, keys, head_size)
-
-    q = query.index_select(0, group.tokens.flatten()).float().mul_(scale)
-    q = q.view(rows, length, num_kv_heads, per_kv, head_size).permute(0, 2, 3, 1, 4)
-    q = q.reshape(rows * num_kv_heads, per_kv * length, head_size)
-
-    scores = torch.bmm(q, k).view(rows, num_kv_heads * per_kv, length, keys)
-    scores += group.bias
-    weights = torch.softmax(scores, dim=-1).view(rows * num_kv_heads, per_kv * length, keys)
-    result = torch.bmm(weights, v).view(rows, num_kv_heads, per_kv, length, head_size)
-    result = result.permute(0, 3, 1, 2, 4).reshape(rows * length, num_kv_heads * per_kv, head_size)
-    tokens = group.tokens.flatten()
-    if group.real is not None:
-        result, tokens = result[group.real], tokens[group.real]
-    output.view(output.shape[0], num_kv_heads * per_kv, head_size).index_copy_(0, tokens, result.to(output.dtype))
+    num_heads, head_size = query.shape[1:]
+    block_size = kv_cache.shape[2]
+    cache = kv_cache.flatten(2)
+    cells = cache.numpy() if cache.dtype == torch.float32 else cache.view(torch.uint16).numpy()
+    tokens = torch.from_numpy(trees.tokens)
+    packed = query.index_select(0, tokens).float()
+    scores = torch.empty(len(trees.tokens) * num_heads, blocks.shape[1] * block_size)
+    rows = (trees.lengths, trees.prefixes, trees.offsets, blocks)
+    tree_scores(packed.numpy(), cells, *rows, trees.mask, trees.mask_offsets, np.float32(scale), scores.numpy())
+    weights = torch.softmax(scores, dim=-1)
+    tree_outputs(weights.numpy(), cells, *rows, packed.numpy())  # the queries' memory takes the result
+    output.view(-1, num_heads, head_size).index_copy_(0, tokens, packed.to(output.dtype))
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
@@ -230,6 +160,10 @@ def unsupported_reason(impl: object, builder: object) -> str | None:
         return "attention sinks"
     if impl.is_fp8_kv_cache:
         return "an fp8 KV cache"
+    if builder.dtype not in (torch.float32, torch.bfloat16):
+        return f"a {str(builder.dtype).removeprefix('torch.')} KV cache"
+    if impl.head_size % 8:
+        return f"a head size of {impl.head_size}, not a multiple of 8"
     if builder.isa not in READABLE_ISAS:
         return f"the KV cache layout of the '{builder.isa}' kernel"
     return None
