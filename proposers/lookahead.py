@@ -29,10 +29,13 @@ from proposers.jacobi_window import STEPS, JacobiWindow, advance, comb_size, lar
 from proposers.ngram_pool import NgramPool, gather_guesses
 from proposers.prompt_lookup import PromptLookupOptions, gather_matches
 from proposers.registry import register
-from proposers.tree import DraftTree, IntArray
+from proposers.tree import DraftTree, FloatArray, IntArray
 
 POOL_MATCH = 2
 """A pool n-gram counts as a match of this length beside prompt lookup's matches."""
+
+GAIN_RATE = 0.05
+"""How fast ``branch_gain`` follows the last steps."""
 
 
 class LookaheadOptions(PromptLookupOptions):
@@ -56,6 +59,12 @@ class LookaheadOptions(PromptLookupOptions):
     branch_every: int = Field(1, ge=1, le=1024, description="Evaluate the window only in every k-th step.")
     max_draft_tokens: int = Field(64, ge=1, le=1024, description="Most guessed nodes, the window's not counted.")
 
+    @property
+    def max_nodes(self) -> int:
+        """Most nodes that a proposed tree has: the guesses, and the comb where it is part of the tree."""
+        comb = largest_comb(self.window_size, self.ngram_size) if self.branch == "fused" else 0
+        return self.max_draft_tokens + comb
+
     @model_validator(mode="after")
     def _window_has_tokens(self) -> LookaheadOptions:
         if self.window_size == 1 and self.ngram_size == 2:
@@ -75,10 +84,12 @@ class Lookahead(Proposer):
         super().__init__(options)
         most = options.max_draft_tokens + largest_comb(options.window_size, options.ngram_size)
         self._nodes = np.empty((3, most), np.int32)
+        self._without = np.empty((3, options.max_draft_tokens), np.int32)
+        self._chances = np.empty((2, most), np.float32)
 
     def start(self, request_id: str, prompt: IntArray) -> LookaheadRequest:
         """Begin a request: an empty pool (or the prompt's n-grams) and a window that its first ``propose`` fills."""
-        return LookaheadRequest(self.options, self._nodes, request_id, prompt)
+        return LookaheadRequest(self, request_id, prompt)
 
     def warm_up(self) -> None:
         """Compile the kernels, or load them from numba's cache, so that the first request doesn't wait for it."""
@@ -100,10 +111,13 @@ class LookaheadRequest(RequestProposer):
     ``observe_branch``; ``propose``, the verifying forward, ``observe``. The two halves may come in either order.
     """
 
-    def __init__(self, options: LookaheadOptions, nodes: IntArray, request_id: str, prompt: IntArray) -> None:
-        o = options
-        self._options = options
-        self._nodes = nodes  # shared scratch: proposers run in one thread
+    branch_gain: float = 1.0
+
+    def __init__(self, proposer: Lookahead, request_id: str, prompt: IntArray) -> None:
+        o = proposer.options
+        self._options = o
+        # shared scratch: proposers run in one thread
+        self._scratch = (proposer._nodes, proposer._without, proposer._chances)
         self._window = JacobiWindow(o.window_size, o.ngram_size, request_id)
         self._pool = NgramPool(o.ngram_size, o.guess_set_size)
         self._index = ContextIndex(o.min_ngram, o.max_ngram)
@@ -113,9 +127,7 @@ class LookaheadRequest(RequestProposer):
             self._pool.extend(prompt)
         if o.prompt_lookup:
             self._index.reserve(len(prompt))
-        self._chains = False  # the engine can't verify this request's trees: no comb
-        self._proposed: DraftTree | None = None
-        self._comb_start = 0  # index of the comb's first node in the proposed tree
+        self._baseline: DraftTree | None = None  # what prompt lookup alone would have guessed
         self._due = False  # it is the window's turn to be evaluated
         self._settings = (
             o.prompt_lookup,
@@ -132,29 +144,24 @@ class LookaheadRequest(RequestProposer):
 
     def propose(self, context: IntArray, budget: int) -> DraftTree:
         """The guesses and, if ``branch`` is "fused" and the window's turn has come, the comb after them."""
-        fused = self._options.branch == "fused" and not self._chains
-        self._proposed, self._comb_start = self._propose(context, budget, True, fused)
-        return self._proposed
+        return self._propose(context, budget, True, self._options.branch == "fused")
 
     def propose_verification(self, context: IntArray, budget: int) -> DraftTree:
         """The guesses alone."""
-        self._proposed, self._comb_start = self._propose(context, budget, True, False)
-        return self._proposed
+        return self._propose(context, budget, True, False)
 
     def propose_branch(self, context: IntArray, budget: int) -> DraftTree:
         """The comb alone, empty when it is not the window's turn; for a forward of its own."""
-        return self._propose(context, budget, False, not self._chains)[0]
+        return self._propose(context, budget, False, True)
 
     def observe(self, tree: DraftTree, verified: Verified) -> None:
-        """Take the tips' argmax out of a fused tree. A tree that is not the proposed one (its chain) has no tips."""
-        if self._proposed is None:
-            return
-        if tree is not self._proposed and not np.array_equal(tree.token_ids, self._proposed.token_ids):
-            self._chains = True
-            return
-        if verified.argmax is not None and self._due and self._options.branch == "fused":
+        """Take the tips' argmax out of a fused tree, and measure what the branch adds to prompt lookup alone."""
+        if tree.num_branch and verified.argmax is not None and self._due:
             argmax = np.asarray(verified.argmax, np.int32)
-            store_tips(self._window.state, argmax, self._comb_start, verified.num_nodes - self._comb_start)
+            store_tips(self._window.state, argmax, tree.num_guesses, verified.num_nodes - tree.num_guesses)
+        if self._baseline is not None:
+            without = _walk_length(self._baseline.token_ids, self._baseline.parents, verified.tokens)
+            self.branch_gain += GAIN_RATE * (max(0, len(verified.path) - without) - self.branch_gain)
 
     def observe_branch(self, tree: DraftTree, argmax: IntArray) -> None:
         """Take the tips' argmax out of a forward over the comb alone.
@@ -174,24 +181,30 @@ class LookaheadRequest(RequestProposer):
         """The pool: first token to its n-grams' other tokens, oldest first (for tests and for looking inside)."""
         return self._pool.contents()
 
-    def _propose(self, context: IntArray, budget: int, with_guesses: bool, with_comb: bool) -> tuple[DraftTree, int]:
+    def _propose(self, context: IntArray, budget: int, with_guesses: bool, with_comb: bool) -> DraftTree:
         self._pool.reserve(self._options.window_size + len(context) - self._length)
         self._length = len(context)
         if self._options.prompt_lookup:
             self._index.reserve(len(context))
-        guessed, comb, self._due = _propose(
+        nodes, without, chances = self._scratch
+        guessed, comb, baseline, self._due = _propose(
             self._index.state,
             self._pool.state,
             self._window.state,
             context,
-            self._nodes,
+            nodes,
+            without,
+            chances,
             int(budget),
+            float(self.confidence),
             with_guesses,
-            with_comb,
+            with_comb and not self.chains_only,
             *self._settings,
         )
-        nodes = self._nodes[:, : guessed + comb].copy()
-        return DraftTree(nodes[0], nodes[1], nodes[2]), guessed
+        if with_guesses:
+            self._baseline = DraftTree(*without[:, :baseline].copy())
+        nodes = nodes[:, : guessed + comb].copy()
+        return DraftTree(nodes[0], nodes[1], nodes[2], comb, chances[0, :guessed].copy())
 
 
 @njit(cache=True)
@@ -201,7 +214,10 @@ def _propose(
     window: IntArray,
     context: IntArray,
     nodes: IntArray,
+    without: IntArray,
+    chances: FloatArray,
     budget: int,
+    confidence: float,
     with_guesses: bool,
     with_comb: bool,
     prompt_lookup: bool,
@@ -214,11 +230,12 @@ def _propose(
     max_depth: int,
     max_draft_tokens: int,
     min_probability: float,
-) -> tuple[int, int, bool]:
+) -> tuple[int, int, int, bool]:
     """One step, in one call: bring window, pool and index up to date and write the tree to ``nodes``.
 
     Returns:
-        The number of guessed nodes, the number of comb nodes, which follow them, and whether it is the window's turn.
+        The number of guessed nodes, the number of comb nodes, which follow them, the size of the tree of prompt
+        lookup's matches alone, which is written to ``without``, and whether it is the window's turn.
     """
     advance(window, pool, context, always_forward_one)
     if pool_from_context:
@@ -226,6 +243,7 @@ def _propose(
     due = window[STEPS] % branch_every == 0
     comb = comb_size(window) if with_comb and due else 0
     guessed = 0
+    baseline = 0
     if with_guesses:
         # Where both don't fit, each gets half, and the guesses what the comb leaves.
         room = min(max_draft_tokens, max(budget - comb, (budget + 1) // 2))
@@ -241,7 +259,28 @@ def _propose(
         pooled = gather_guesses(pool, context[len(context) - 1], tokens[count : count + guesses])
         lengths[count : count + pooled] = length
         matches[count : count + pooled] = POOL_MATCH
-        guessed = grow_tree(tokens, lengths, matches, count + pooled, room, min_probability, nodes)
+        if pooled > 0:
+            most = min(room, without.shape[1])
+            baseline = grow_tree(
+                tokens, lengths, matches, count, most, min_probability, confidence, without, chances[1]
+            )
+        guessed = grow_tree(
+            tokens, lengths, matches, count + pooled, room, min_probability, confidence, nodes, chances[0]
+        )
+        if pooled == 0:
+            baseline = min(guessed, without.shape[1])
+            without[:, :baseline] = nodes[:, :baseline]
     if comb > 0:
         comb = write_comb(window, guessed, min(comb, budget - guessed), nodes)
-    return guessed, comb, due
+    return guessed, comb, baseline, due
+
+
+@njit(cache=True)
+def _walk_length(token_ids: IntArray, parents: IntArray, emitted: IntArray) -> int:
+    """How many of the emitted tokens a tree would have got right."""
+    here, length = -1, 0
+    for node in range(len(parents)):
+        if length < len(emitted) and parents[node] == here and token_ids[node] == emitted[length]:
+            here = node
+            length += 1
+    return length

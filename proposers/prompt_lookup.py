@@ -15,7 +15,7 @@ from proposers.base import Proposer, ProposerOptions, RequestProposer
 from proposers.best_first import MAX_MATCH, grow_tree
 from proposers.context_index import ContextIndex, extend, find
 from proposers.registry import register
-from proposers.tree import DraftTree, IntArray
+from proposers.tree import DraftTree, FloatArray, IntArray
 
 MAX_NGRAM = 8
 """Largest n-gram that can be looked up: each size costs two integers of memory per token of context."""
@@ -28,10 +28,15 @@ class PromptLookupOptions(ProposerOptions):
     min_ngram: int = Field(1, ge=1, le=MAX_NGRAM, description="Shortest suffix of the context that is looked up.")
     max_draft_tokens: int = Field(32, ge=1, le=1024, description="Most nodes of the draft tree.")
     max_depth: int = Field(16, ge=1, le=128, description="Longest guess, in tokens.")
-    max_matches: int = Field(64, ge=1, le=256, description="Most earlier places whose continuations are merged.")
+    max_matches: int = Field(32, ge=1, le=256, description="Most earlier places whose continuations are merged.")
     min_probability: float = Field(
         0.002, ge=0.0, le=1.0, description="Nodes estimated to be accepted less often than this are left out."
     )
+
+    @property
+    def max_nodes(self) -> int:
+        """Most nodes that a proposed tree has."""
+        return self.max_draft_tokens
 
     @model_validator(mode="after")
     def _ngrams_in_order(self) -> PromptLookupOptions:
@@ -51,6 +56,7 @@ class PromptLookup(Proposer):
         super().__init__(options)
         o = options
         self._nodes = np.empty((3, o.max_draft_tokens), np.int32)
+        self._chances = np.empty(o.max_draft_tokens, np.float32)
         self._settings = (o.min_ngram, o.max_ngram, o.max_matches, o.max_depth, o.min_probability)
 
     def start(self, request_id: str, prompt: IntArray) -> RequestProposer:
@@ -65,15 +71,24 @@ class PromptLookup(Proposer):
 class _PromptLookupRequest(RequestProposer):
     def __init__(self, proposer: PromptLookup, prompt_length: int) -> None:
         self._nodes = proposer._nodes  # shared scratch: proposers run in one thread
+        self._chances = proposer._chances
         self._settings = proposer._settings
         self._index = ContextIndex(*self._settings[:2])
         self._index.reserve(prompt_length)
 
     def propose(self, context: IntArray, budget: int) -> DraftTree:
         self._index.reserve(len(context))
-        size = _propose(self._index.state, context, self._nodes, int(budget), *self._settings)
+        size = _propose(
+            self._index.state,
+            context,
+            self._nodes,
+            self._chances,
+            int(budget),
+            float(self.confidence),
+            *self._settings,
+        )
         nodes = self._nodes[:, :size].copy()
-        return DraftTree(nodes[0], nodes[1], nodes[2])
+        return DraftTree(nodes[0], nodes[1], nodes[2], 0, self._chances[:size].copy())
 
 
 @njit(cache=True)
@@ -81,19 +96,23 @@ def _propose(
     state: IntArray,
     context: IntArray,
     nodes: IntArray,
+    chances: FloatArray,
     budget: int,
+    confidence: float,
     min_ngram: int,
     max_ngram: int,
     max_matches: int,
     max_depth: int,
     min_probability: float,
 ) -> int:
-    """Bring the index up to date and write the tree to ``nodes`` (int32 [3, m]); returns its size, at most m."""
+    """Bring the index up to date and write the tree to ``nodes`` (int32 [3, m]) and ``chances``; returns its size."""
     tokens = np.empty((max_matches, max_depth), np.int32)
     matches = np.empty(max_matches, np.int32)
     count = gather_matches(state, context, min_ngram, max_ngram, tokens, matches)
     lengths = np.full(max_matches, max_depth, np.int32)
-    return grow_tree(tokens, lengths, matches, count, min(budget, nodes.shape[1]), min_probability, nodes)
+    return grow_tree(
+        tokens, lengths, matches, count, min(budget, nodes.shape[1]), min_probability, confidence, nodes, chances
+    )
 
 
 @njit(cache=True)

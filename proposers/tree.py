@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
 ROOT = -1
@@ -27,11 +28,15 @@ class DraftTree:
         token_ids: int32 [n], the guessed token of each node.
         parents: int32 [n], index of each node's parent, ``ROOT`` (-1) for a child of the root; ``parents[i] < i``.
         depths: int32 [n], distance to the root, so at least 1; the RoPE position is root position + depth.
+        num_branch: how many of the last nodes belong to the lookahead branch, not to the guesses.
+        chances: float32 [n - num_branch] or None, the proposer's estimate of each guess to be accepted; falling.
     """
 
     token_ids: IntArray
     parents: IntArray
     depths: IntArray
+    num_branch: int = 0
+    chances: FloatArray | None = None
 
     @classmethod
     def empty(cls) -> DraftTree:
@@ -54,9 +59,33 @@ class DraftTree:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def num_guesses(self) -> int:
+        """How many of the first nodes are guesses."""
+        return len(self) - self.num_branch
+
     def prefix(self, n: int) -> DraftTree:
         """The tree of the first ``n`` nodes (all of them if there are fewer), as views of this tree's arrays."""
-        return DraftTree(self.token_ids[:n], self.parents[:n], self.depths[:n])
+        branch = max(0, min(n, len(self)) - self.num_guesses)
+        chances = None if self.chances is None else self.chances[:n]
+        return DraftTree(self.token_ids[:n], self.parents[:n], self.depths[:n], branch, chances)
+
+    def trimmed(self, num_guesses: int, *, keep_branch: bool) -> DraftTree:
+        """The tree of the first ``num_guesses`` guesses and, if asked for, the whole lookahead branch after them."""
+        if not keep_branch or self.num_branch == 0:
+            return self.prefix(min(num_guesses, self.num_guesses))
+        cut = self.num_guesses - num_guesses
+        if cut <= 0:
+            return self
+        branch = self.parents[self.num_guesses :]
+        return DraftTree(
+            np.concatenate((self.token_ids[:num_guesses], self.token_ids[self.num_guesses :])),
+            # the branch hangs from the root and never from a guess
+            np.concatenate((self.parents[:num_guesses], np.where(branch == ROOT, branch, branch - np.int32(cut)))),
+            np.concatenate((self.depths[:num_guesses], self.depths[self.num_guesses :])),
+            self.num_branch,
+            None if self.chances is None else self.chances[:num_guesses],
+        )
 
     def ancestor_mask(self) -> BoolArray:
         """Which nodes attend to which, bool [n, n]: node i to node j if j is i or an ancestor of i."""
@@ -69,8 +98,10 @@ class DraftTree:
         return _first_path(self.parents)
 
     def as_chain(self) -> DraftTree:
-        """The first path alone, as a chain: for requests and models that can't verify a tree."""
-        return DraftTree.chain(self.token_ids[self.first_path()])
+        """The guesses' first path alone, as a chain: for requests and models that can't verify a tree. No comb."""
+        path = _first_path(self.parents[: self.num_guesses])
+        chain = DraftTree.chain(self.token_ids[path])
+        return chain if self.chances is None else replace(chain, chances=self.chances[path])
 
     def walk(self, sampled: Sequence[int] | IntArray) -> IntArray:
         """The accepted path: at each visited node, go on to the first child that carries the sampled token.
@@ -98,7 +129,7 @@ class DraftTree:
         """Check what the class promises (for tests).
 
         Args:
-            unique_siblings: also ask that no two children of a node carry the same token, as in a trie.
+            unique_siblings: also ask that no two children of a node carry the same token, as in a trie of guesses.
 
         Raises:
             ValueError: says which promise which node breaks.
@@ -107,6 +138,16 @@ class DraftTree:
         for name, array in arrays.items():
             if array.dtype != np.int32 or array.ndim != 1 or len(array) != len(self):
                 raise ValueError(f"{name} is {array.dtype} {array.shape}, expected int32 ({len(self)},)")
+        if self.chances is not None:
+            expected = self.num_guesses
+            if self.chances.dtype != np.float32 or self.chances.shape != (expected,):
+                raise ValueError(
+                    f"chances is {self.chances.dtype} {self.chances.shape}, expected float32 ({expected},)"
+                )
+            if (np.diff(self.chances) > 0).any():
+                raise ValueError("chances rise")
+        if not 0 <= self.num_branch <= len(self):
+            raise ValueError(f"num_branch is {self.num_branch}, expected 0 to {len(self)}")
         children: set[tuple[int, int]] = set()
         for node, (token, parent, depth) in enumerate(zip(*(a.tolist() for a in arrays.values()), strict=True)):
             if token < 0:

@@ -34,10 +34,17 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
 
 
-def pip(*args: str, check: bool = True) -> int:
-    """Run this environment's pip, quietly. Returns the exit status; raises CalledProcessError if ``check``."""
+def pip(*args: str, required: bool = True) -> bool:
+    """Run this environment's pip; returns whether it succeeded.
+
+    Its warnings are kept back, since it complains about every requirement that we leave out on purpose, and shown if it
+    fails. Then the program ends, if the installation was ``required``.
+    """
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *args]
-    return subprocess.run(command, check=check).returncode
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if result.returncode != 0 and required:
+        sys.exit(f"{result.stderr}\npip could not install {' '.join(args)}")
+    return result.returncode == 0
 
 
 def installed(name: str) -> str | None:
@@ -53,7 +60,7 @@ def install_torch() -> None:
     if installed("torch") == TORCH.partition("==")[2]:
         return
     print(f"installing {TORCH}", flush=True)
-    if pip(TORCH, check=False) != 0:
+    if not pip(TORCH, required=False):
         print("not among pip's configured sources; trying PyTorch's CPU index", flush=True)
         pip("--index-url", TORCH_CPU_INDEX, TORCH)
 

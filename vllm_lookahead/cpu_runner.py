@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_lookahead.attention.cpu import TreeCPUAttentionMetadataBuilder, unsupported_reason
+from proposers import DraftTree
+from vllm_lookahead.attention.cpu import TreeCPUAttentionMetadataBuilder, tree_attention, unsupported_reason
 from vllm_lookahead.kv import CPUCommit, moves
 from vllm_lookahead.runner import LookaheadRunnerMixin
-from vllm_lookahead.step import StepTrees, Walks
+from vllm_lookahead.step import StepTrees, Walks, walk_all
 from vllm_lookahead.tree_rows import TreeRows
 
 
@@ -36,6 +39,21 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
         for builder in self._builders:
             assert isinstance(builder, TreeCPUAttentionMetadataBuilder)
             builder.trees = trees
+
+    def warm_up_trees(self) -> None:
+        """See ``LookaheadRunnerMixin.warm_up_trees``: one small tree through every kernel, on a cache of its own."""
+        tree = DraftTree.from_parents([1, 2, 3], [-1, -1, 0])
+        step = StepTrees.build(["warm-up"], {"warm-up": [1, 2, 3]}, {"warm-up": tree})
+        walks = walk_all(step, np.array([2, 0, 0, 0], np.int64))
+        query_start, slots = np.array([0, 4], np.int32), np.arange(4)
+        trees = TreeRows.of(step, query_start, np.array([4], np.int32))
+        assert trees is not None
+        cache = torch.zeros_like(self.kv_caches[0][:1])
+        CPUCommit([cache])(*moves(step, walks, query_start, slots))
+        layer = next(iter(self.compilation_config.static_forward_context.values()))
+        query = torch.zeros(4, layer.impl.num_heads, layer.impl.head_size, dtype=self.dtype)
+        blocks = np.zeros((1, 1), np.int32)
+        tree_attention(query, cache, trees, blocks, layer.impl.scale, torch.zeros_like(query))
 
     def commit_kv(self, step: StepTrees, walks: Walks) -> None:
         """See ``LookaheadRunnerMixin.commit_kv``."""

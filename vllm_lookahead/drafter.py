@@ -41,7 +41,16 @@ class Drafter:
         """How many requests have state here."""
         return len(self._requests)
 
-    def propose_tree(self, req_id: str, context: IntArray, num_prompt_tokens: int, budget: int) -> DraftTree | None:
+    def propose_tree(
+        self,
+        req_id: str,
+        context: IntArray,
+        num_prompt_tokens: int,
+        budget: int,
+        *,
+        confidence: float = 1.0,
+        chain: bool = False,
+    ) -> DraftTree | None:
         """The next tree of one request.
 
         Args:
@@ -49,6 +58,8 @@ class Drafter:
             context: int32 [t], prompt and output so far.
             num_prompt_tokens: how much of ``context`` is the prompt.
             budget: most nodes.
+            confidence: see ``RequestProposer.confidence``.
+            chain: only a chain can be verified: the tree's first path is returned.
 
         Returns:
             The tree, or None if there is no guess (or the proposer failed: that is logged once per worker).
@@ -59,9 +70,13 @@ class Drafter:
             request = self._requests[req_id]
             if request is None:
                 return None
+            request.confidence = confidence
+            request.chains_only = chain
             tree = request.propose(context, budget)
             if len(tree) > budget:
                 raise ValueError(f"the tree has {len(tree)} nodes, the budget was {budget}")
+            if chain:
+                tree = tree.as_chain()
             return tree if len(tree) else None
         except Exception:
             self._give_up(req_id)
@@ -76,6 +91,11 @@ class Drafter:
             request.observe(tree, verified)
         except Exception:
             self._give_up(req_id)
+
+    def branch_gain(self, req_id: str) -> float | None:
+        """Tokens per step that this request's lookahead branch adds, by its proposer's own account."""
+        request = self._requests.get(req_id)
+        return None if request is None else request.branch_gain
 
     def finish(self, req_ids: Iterable[str]) -> None:
         """Free the state of requests that are gone for good."""

@@ -25,8 +25,8 @@ DRAFTER = "vllm_lookahead.drafter.Drafter"
 """The class that vLLM's ``custom_class`` hook builds. As ``speculative_config.model`` it marks a config as ours."""
 
 WORKERS = {
-    "cpu": "vllm_lookahead.worker.CPULookaheadWorker",
-    "cuda": "vllm_lookahead.worker.GPULookaheadWorker",
+    "cpu": "vllm_lookahead.cpu_worker.CPULookaheadWorker",
+    "cuda": "vllm_lookahead.gpu_worker.GPULookaheadWorker",
 }
 """Our worker class for each kind of device."""
 

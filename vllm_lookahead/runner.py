@@ -6,11 +6,13 @@ work. No algorithm, no kernel, no device code.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -23,6 +25,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from proposers import DraftTree, Verified
 from vllm_lookahead.drafter import Drafter
 from vllm_lookahead.hidden import hidden, muted
+from vllm_lookahead.policy import AutoBudget, DraftPolicy, FixedBudget, measure_step_cost
 from vllm_lookahead.sampler import TreeSampler
 from vllm_lookahead.step import StepTrees, Walks
 from vllm_lookahead.tree_rows import TreeRows
@@ -33,6 +36,16 @@ else:
     Base = object
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+MOST_MEASURED_TOKENS = 512
+"""The step cost is measured up to this many tokens and extrapolated beyond."""
+
+
+class _TimedStep(NamedTuple):
+    start: float
+    num_tokens: int
+    req_ids: frozenset[str]
 
 
 class LookaheadRunnerMixin(Base):
@@ -59,7 +72,10 @@ class LookaheadRunnerMixin(Base):
         self.input_batch.logitsprocs_need_output_token_ids = bool(custom)
         self.tree_sampler = TreeSampler(self.sampler)
         self.trees_verifiable = False
+        self.policy: DraftPolicy = FixedBudget(self.num_spec_tokens)
         self._proposed: dict[str, DraftTree] = {}
+        self._unverified: dict[str, DraftTree] = {}
+        self._last_step: _TimedStep | None = None
         self._step: StepTrees | None = None
         self._walks: Walks | None = None
         self._argmax: NDArray[np.int64] | None = None
@@ -78,6 +94,37 @@ class LookaheadRunnerMixin(Base):
         """Move the accepted nodes' KV to the contiguous slots after the root."""
         raise NotImplementedError
 
+    def warm_up_trees(self) -> None:
+        """Compile the device's kernels."""
+        raise NotImplementedError
+
+    # ---- start-up
+
+    def prepare_drafting(self) -> None:
+        """Compile what the first request would wait for, and measure what a step costs. Every rank calls it."""
+        self.drafter.proposer.warm_up()
+        if self.trees_verifiable:
+            self.warm_up_trees()
+        budget = self.drafter.config.budget
+        if isinstance(budget, int):
+            self.policy = FixedBudget(budget)
+            return
+        most = min(self.scheduler_config.max_num_batched_tokens, MOST_MEASURED_TOKENS)
+        self.policy = AutoBudget(measure_step_cost(self._time_forward, most, self._agree))
+        logger.info("[%s] budget: auto; %s", self.drafter.config.method, self.policy.cost)
+
+    def _time_forward(self, num_tokens: int) -> float:
+        start = time.perf_counter()
+        self._dummy_run(num_tokens)
+        if self.device.type == "cuda":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
+
+    def _agree(self, value: Any) -> Any:
+        """The first rank's value: clocks differ, decisions must not."""
+        group = get_tp_group()
+        return value if group.world_size == 1 else group.broadcast_object(value, src=0)
+
     # ---- vLLM's step
 
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
@@ -90,8 +137,23 @@ class LookaheadRunnerMixin(Base):
         else:
             logger.warning("[%s] falls back to draft chains: %s.", self.drafter.config.method, reason)
 
+    def _observe_step_time(self, scheduler_output: SchedulerOutput) -> None:
+        """Time from step to step, where both decode only and nothing was idle in between."""
+        now = time.perf_counter()
+        last, self._last_step = self._last_step, None
+        req_ids = scheduler_output.num_scheduled_tokens
+        if last is not None and not last.req_ids.isdisjoint(req_ids):
+            self.policy.observe_step(last.num_tokens, now - last.start)
+        if self.policy.refit_due():
+            self.policy.adopt(self._agree(self.policy.fit()))
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if req_ids and all(n == 1 + len(drafts.get(req_id, ())) for req_id, n in req_ids.items()):
+            self._last_step = _TimedStep(now, scheduler_output.total_num_scheduled_tokens, frozenset(req_ids))
+
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        self._observe_step_time(scheduler_output)
         self.drafter.finish(scheduler_output.finished_req_ids)
+        self.policy.finish(scheduler_output.finished_req_ids)
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
@@ -152,46 +214,64 @@ class LookaheadRunnerMixin(Base):
         """Feed back what was verified, then guess the next trees; flattened, one list per batch row."""
         assert isinstance(sampled_token_ids, list)
         self._observe(sampled_token_ids)
+        req_ids = self.input_batch.req_ids[: len(sampled_token_ids)]
+        limit = self._node_limit(len(req_ids))
+        trees = [self._propose_row(row, limit) if sampled else None for row, sampled in enumerate(sampled_token_ids)]
+        counts = self.policy.choose(req_ids, trees, limit)
         drafts: list[list[int]] = []
-        num_rows = len(sampled_token_ids)
-        budget = self._budget(num_rows)
-        for row, sampled in enumerate(sampled_token_ids):
-            tree = self._propose_row(row, budget) if sampled else None
-            drafts.append([] if tree is None else tree.token_ids.tolist())
+        for req_id, tree, count in zip(req_ids, trees, counts, strict=True):
+            if tree is None:
+                drafts.append([])
+                continue
+            keep_branch = tree.num_branch > 0 and self.policy.keeps_branch(
+                req_id, tree, self.drafter.branch_gain(req_id)
+            )
+            chosen = tree.trimmed(count, keep_branch=keep_branch)
+            if len(chosen):
+                self._proposed[req_id] = chosen
+            else:
+                self._unverified[req_id] = tree
+            drafts.append(chosen.token_ids.tolist())
         return drafts
 
     # ---- drafting
 
-    def _budget(self, num_rows: int) -> int:
-        """Nodes per request: what was asked for, as long as every row fits the scheduler's token budget."""
+    def _node_limit(self, num_rows: int) -> int:
+        """Most nodes per request: what was asked for, as long as every row fits the scheduler's token budget."""
         room = self.scheduler_config.max_num_batched_tokens // num_rows - 1
         return max(0, min(self.num_spec_tokens, room))
 
-    def _propose_row(self, row: int, budget: int) -> DraftTree | None:
+    def _propose_row(self, row: int, limit: int) -> DraftTree | None:
         batch = self.input_batch
         num_tokens = int(batch.num_tokens_no_spec[row])
-        budget = min(budget, self.max_model_len - num_tokens - 1)
-        if budget <= 0:
-            return None
+        limit = min(limit, self.max_model_len - num_tokens - 1)
         req_id = batch.req_ids[row]
-        sampling_params = self.requests[req_id].sampling_params
-        if sampling_params is not None and getattr(sampling_params, "thinking_token_budget", None) is not None:
-            return None  # vLLM's forcing state follows committed tokens only
-        context = batch.token_ids_cpu[row, :num_tokens]
-        tree = self.drafter.propose_tree(req_id, context, int(batch.num_prompt_tokens[row]), budget)
-        if tree is None:
+        if limit <= 0 or not self.policy.wants_proposal(req_id):
             return None
-        if not self.trees_verifiable or (sampling_params is not None and sampling_params.structured_outputs):
-            # a grammar advances along one path only
-            tree = tree.as_chain()
-        self._proposed[req_id] = tree
-        return tree
+        params = self.requests[req_id].sampling_params
+        if params is not None and getattr(params, "thinking_token_budget", None) is not None:
+            return None  # vLLM's forcing state follows committed tokens only
+        # a grammar advances along one path only
+        chain = not self.trees_verifiable or (params is not None and params.structured_outputs is not None)
+        return self.drafter.propose_tree(
+            req_id,
+            batch.token_ids_cpu[row, :num_tokens],
+            int(batch.num_prompt_tokens[row]),
+            limit,
+            confidence=self.policy.confidence(req_id),
+            chain=chain,
+        )
 
     def _observe(self, sampled_token_ids: list[list[int]]) -> None:
         step, walks, argmax = self._step, self._walks, self._argmax
         self._step = self._walks = self._argmax = None
+        unverified, self._unverified = self._unverified, {}
         if step is None or walks is None:
             return
+        for req_id, tree in unverified.items():
+            row = self.input_batch.req_id_to_index.get(req_id)
+            if row is not None and row < len(sampled_token_ids) and sampled_token_ids[row]:
+                self.policy.observe_token(req_id, tree, sampled_token_ids[row][0])
         for row, sampled in enumerate(sampled_token_ids):
             tree = step.trees[row] if row < step.num_rows else None
             if tree is None or not sampled:
@@ -204,5 +284,6 @@ class LookaheadRunnerMixin(Base):
                 argmax=None if argmax is None else argmax[first : first + n + 1].astype(np.int32),
                 num_nodes=n,
             )
+            self.policy.observe_walk(self.input_batch.req_ids[row], tree, n, verified.path)
             self.drafter.observe(self.input_batch.req_ids[row], tree, verified)
 

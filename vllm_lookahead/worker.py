@@ -1,20 +1,26 @@
-"""vLLM's workers with our model runners. The plugin selects them when one of our methods is asked for."""
+"""What our workers share: putting our model runner in place of vLLM's."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_lookahead.attention.registry import backend_override
 from vllm_lookahead.contract import check_contract
-from vllm_lookahead.cpu_runner import LookaheadCPURunner
 from vllm_lookahead.hidden import hidden
 
+if TYPE_CHECKING:
+    from vllm_lookahead.runner import LookaheadRunnerMixin
 
-class CPULookaheadWorker(CPUWorker):
-    """vLLM's CPU worker, whose runner verifies draft trees."""
+    Base = Worker
+else:
+    Base = object
+
+
+class LookaheadWorkerMixin(Base):
+    """To be named before one of vLLM's workers. The plugin selects the worker when one of our methods is asked for."""
+
+    runner_class: ClassVar[type[LookaheadRunnerMixin]]
 
     def init_device(self) -> None:
         """As vLLM's, then our runner in place of the stock one, which has loaded nothing yet."""
@@ -23,10 +29,10 @@ class CPULookaheadWorker(CPUWorker):
         # doesn't complain about options that our runner supports.
         with hidden(self.vllm_config, "speculative_config"), hidden(self.model_config, "logits_processors"):
             super().init_device()
-        self.model_runner = LookaheadCPURunner(self.vllm_config, self.device)
+        self.model_runner = self.runner_class(self.vllm_config, self.device)
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM's, with tree attention where vLLM would take ``CPU_ATTN``."""
-        backend = "vllm_lookahead.attention.cpu.TreeCPUAttentionBackend"
-        with backend_override(AttentionBackendEnum.CPU_ATTN, backend):
-            super().load_model(*args, **kwargs)
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's, then what drafting needs."""
+        result = super().compile_or_warm_up_model()
+        self.model_runner.prepare_drafting()
+        return result

@@ -82,7 +82,12 @@ def logit_bias(i: int, encode: Encode) -> SamplingParams:
 
 
 def bad_words(i: int, _: Encode) -> SamplingParams:
-    words = (["self", "return"], ["the", ",", "1"], [" = ", "a b", "self.", "()", "is not"], ["name", ":\n", " in range"])
+    words = (
+        ["self", "return"],
+        ["the", ",", "1"],
+        [" = ", "a b", "self.", "()", "is not"],
+        ["name", ":\n", " in range"],
+    )
     return either(i, bad_words=words[i % 4])
 
 
@@ -109,9 +114,14 @@ def stop_token_ids(i: int, encode: Encode) -> SamplingParams:
     return either(i, stop_token_ids=[*ids(encode, *stops), 100 + i])
 
 
-WITH_EOS = tuple(f"{line}<|endoftext|>" * 5 + line[:-1] for line in ("a b c d", "x = 1\n", "def f():\n    pass\n")) + tuple(
-    f"<|user|>\n{text}<|end|>\n<|assistant|>\nYes.<|end|>\n" * 3 + f"<|user|>\n{text}<|end|>\n<|assistant|>\n"
-    for text in ("ok?", "Is it right?", "Are you sure?", "Print 1.", "1 + 1?", "Hello", "x")
+LINES = ("a b c d", "x = 1\n", "def f():\n    pass\n")
+QUESTIONS = ("ok?", "Is it right?", "Are you sure?", "Print 1.", "1 + 1?", "Hello", "x")
+WITH_EOS = (
+    *(f"{line}<|endoftext|>" * 5 + line[:-1] for line in LINES),
+    *(
+        f"<|user|>\n{text}<|end|>\n<|assistant|>\nYes.<|end|>\n" * 3 + f"<|user|>\n{text}<|end|>\n<|assistant|>\n"
+        for text in QUESTIONS
+    ),
 )
 """Prompts whose drafts contain end-of-text and end-of-turn tokens."""
 

@@ -10,7 +10,7 @@ from vllm import LLM, RequestOutput
 
 from proposers import registry
 
-from .cases import CASES, Case
+from .cases import CASES, Case, Encode
 from .engines import METHODS, Request, run, start_engine, stop_engine
 
 
@@ -31,7 +31,7 @@ def stock(demo_model: str, in_process: None) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="package")
-def encode(stock: LLM) -> Callable[[str], list[int]]:
+def encode(stock: LLM) -> Encode:
     """The demo model's tokenizer."""
     return stock.get_tokenizer().encode
 
@@ -53,7 +53,7 @@ def ours(demo_model: str, method: dict[str, Any], in_process: None) -> Iterator[
 
 
 @pytest.fixture(scope="package")
-def reference(stock: LLM, encode: Callable[[str], list[int]]) -> Callable[[Case], list[RequestOutput]]:
+def reference(stock: LLM, encode: Encode) -> Callable[[Case], list[RequestOutput]]:
     """What stock vLLM makes of a case, every request alone. Each case runs once."""
     known: dict[str, list[RequestOutput]] = {}
 
@@ -66,6 +66,6 @@ def reference(stock: LLM, encode: Callable[[str], list[int]]) -> Callable[[Case]
 
 
 @pytest.fixture(scope="package")
-def everything(encode: Callable[[str], list[int]]) -> list[tuple[Case, Request]]:
+def everything(encode: Encode) -> list[tuple[Case, Request]]:
     """Every request of every case."""
     return [(case, request) for case in CASES for request in case.requests(encode)]

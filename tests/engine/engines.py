@@ -51,6 +51,8 @@ def start_engine(model: str, speculative_config: dict[str, Any] | None, **overri
         "block_size": 32,
         "kv_cache_memory_bytes": 256 << 20,
         "disable_log_stats": False,
+        # a small model in JSON may go on with white space for ever
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "seed": 0,
     }
     settings.update(overrides)
@@ -150,7 +152,7 @@ def _differences(one: CompletionOutput, other: CompletionOutput, where: str) -> 
         at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), None)
         at = min(len(expected), len(got)) if at is None else at
         yield (
-            f"{where}: tokens differ from output position {at} on: expected {expected[at : at + 5]} of {len(expected)}, "
+            f"{where}: tokens differ from position {at} on: expected {expected[at : at + 5]} of {len(expected)}, "
             f"got {got[at : at + 5]} of {len(got)}{_gap(one, at)}"
         )
     else:
@@ -206,6 +208,7 @@ class TreeSpy:
         accepted: nodes of theirs that were accepted.
         left_first_branch: walks that accepted a node off the tree's first path: what no chain could have verified.
         moved: accepted nodes whose KV had to move.
+        drafts_accepted: accepted drafts of any kind: trees and chains.
         emitted: tokens that came out of the runner, by external request id; more than the request's output has if it
             ended in the middle of an accepted path.
     """
@@ -214,6 +217,7 @@ class TreeSpy:
     accepted: int = 0
     left_first_branch: int = 0
     moved: int = 0
+    drafts_accepted: int = 0
     emitted: Counter[str] = field(default_factory=Counter)
 
     @classmethod
@@ -230,6 +234,7 @@ class TreeSpy:
         def watch_propose(scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
             for req_id, sampled in zip(runner.input_batch.req_ids, sampled_token_ids, strict=True):
                 spy.emitted[req_id] += len(sampled)
+                spy.drafts_accepted += max(len(sampled) - 1, 0)
             return propose(scheduler_output, sampled_token_ids, *args, **kwargs)
 
         runner.commit_kv, runner.propose_draft_token_ids = watch_commit, watch_propose

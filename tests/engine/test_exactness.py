@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 from vllm import LLM, RequestOutput
 
-from .cases import CASES, Case
+from .cases import CASES, Case, Encode
 from .engines import Request, TreeSpy, assert_same, ended_inside_a_path, run
 
 Reference = Callable[[Case], list[RequestOutput]]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_alone(case: Case, ours: LLM, reference: Reference, encode: Callable[[str], list[int]]) -> None:
+def test_alone(case: Case, ours: LLM, reference: Reference, encode: Encode) -> None:
     expected = reference(case)
     with TreeSpy.on(ours) as spy:
         got = run(ours, case.requests(encode))

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -63,9 +58,3 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_lookahead import plugin
 
     monkeypatch.setattr(plugin, "_command_line", True)
-
-
-@pytest.fixture(scope="session")
-def configs() -> Path:
-    """The folder of presets."""
-    return Path(__file__).parents[2] / "configs"

@@ -117,10 +117,11 @@ def test_the_window_runs_every_kth_step_only() -> None:
     assert [len(step.tree) > 0 for step in steps[:7]] == [True, False, False, True, False, False, True]
 
 
-def test_a_chain_instead_of_the_tree_ends_the_lookahead_branch() -> None:
-    """For a request whose trees can't be verified, guesses go on as chains and the window is not drafted in vain."""
+def test_a_request_that_takes_chains_only_gets_guesses_and_no_lookahead_branch() -> None:
     model, prompt = toy_model(2), [1, 2, 3, 1, 2]
     request = start(LookaheadOptions(), prompt)
+    request.chains_only = True
+    request.chains_only = True
     context = [*prompt, model(prompt)]
     for _ in range(5):
         array = np.array(context, np.int32)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proposers.tree import ROOT, DraftTree, TrieBuilder, merge
@@ -42,12 +42,14 @@ def test_empty_and_chain() -> None:
     assert chain.ancestor_mask().tolist() == np.tri(3, dtype=bool).tolist()
 
 
+@settings(deadline=None)  # the first call compiles
 @given(trees(), st.integers(0, 50))
 def test_every_prefix_is_a_valid_tree(tree: DraftTree, n: int) -> None:
     tree.prefix(n).validate()
     assert len(tree.prefix(n)) == min(n, len(tree))
 
 
+@settings(deadline=None)  # the first call compiles
 @given(trees())
 def test_ancestor_mask_is_what_climbing_the_parents_finds(tree: DraftTree) -> None:
     mask = tree.ancestor_mask()
@@ -57,6 +59,7 @@ def test_ancestor_mask_is_what_climbing_the_parents_finds(tree: DraftTree) -> No
         assert mask[node].sum() == tree.depths[node]
 
 
+@settings(deadline=None)  # the first call compiles
 @given(trees())
 def test_first_path_takes_the_first_child_everywhere(tree: DraftTree) -> None:
     path, here = [], ROOT
@@ -69,6 +72,7 @@ def test_first_path_takes_the_first_child_everywhere(tree: DraftTree) -> None:
     assert chain.token_ids.tolist() == [tree.token_ids[node] for node in path]
 
 
+@settings(deadline=None)  # the first call compiles
 @given(trees(), st.data())
 def test_walk_goes_to_the_first_child_that_carries_the_sampled_token(tree: DraftTree, data: st.DataObject) -> None:
     verified = data.draw(st.integers(0, len(tree)))
@@ -92,6 +96,7 @@ def test_walk_of_a_comb_prefers_the_earlier_twin() -> None:
     assert tree.walk([5, 6, 6, 0]).tolist() == [0], "the first child wins, although its twin would go on"
 
 
+@settings(deadline=None)  # the first call compiles
 @given(guesses)
 def test_merge_has_every_guess_as_a_path_when_the_budget_allows(guesses: list[list[int]]) -> None:
     tree = merge(guesses, budget=sum(map(len, guesses)))
@@ -99,6 +104,7 @@ def test_merge_has_every_guess_as_a_path_when_the_budget_allows(guesses: list[li
     assert paths(tree) == {tuple(guess[:n]) for guess in guesses for n in range(1, len(guess) + 1)}
 
 
+@settings(deadline=None)  # the first call compiles
 @given(guesses, st.integers(0, 20))
 def test_merge_keeps_to_its_budget_and_fills_it_in_order(guesses: list[list[int]], budget: int) -> None:
     tree = merge(guesses, budget)
@@ -107,6 +113,32 @@ def test_merge_keeps_to_its_budget_and_fills_it_in_order(guesses: list[list[int]
     assert len(tree) == min(budget, len(everything))
     assert tree.token_ids.tolist() == everything.prefix(budget).token_ids.tolist(), "deterministic, best guess first"
     assert tree.parents.tolist() == everything.prefix(budget).parents.tolist()
+
+
+@settings(deadline=None)
+@given(guesses, st.integers(0, 10), st.integers(0, 60), st.booleans())
+def test_guesses_can_be_cut_without_losing_the_branch(
+    guesses: list[list[int]], branch: int, kept: int, keep_branch: bool
+) -> None:
+    trie = merge(guesses, 1000)
+    n = len(trie)
+    tree = DraftTree(
+        np.append(trie.token_ids, np.full(branch, 9)).astype(np.int32),
+        np.append(trie.parents, [ROOT if i == 0 else n + i - 1 for i in range(branch)]).astype(np.int32),
+        np.append(trie.depths, np.arange(1, branch + 1)).astype(np.int32),
+        branch,
+        np.linspace(1, 0, n, dtype=np.float32),
+    )
+    tree.validate()
+    trimmed = tree.trimmed(kept, keep_branch=keep_branch)
+    trimmed.validate()
+    assert trimmed.num_guesses == min(kept, n)
+    assert trimmed.num_branch == (branch if keep_branch else 0)
+    assert trimmed.token_ids[: trimmed.num_guesses].tolist() == trie.token_ids[:kept].tolist()
+    assert trimmed.token_ids[trimmed.num_guesses :].tolist() == [9] * trimmed.num_branch
+    for prefix in range(len(tree) + 1):
+        tree.prefix(prefix).validate()
+    assert 9 not in tree.as_chain().token_ids, "a chain is made of guesses"
 
 
 def test_trie_builder_tells_how_many_nodes_are_new() -> None:

@@ -1,0 +1,79 @@
+"""Run as a program: the same requests on two tensor-parallel ranks, with stock vLLM or one of our methods.
+
+    python two_ranks.py MODEL SPECULATIVE_CONFIG_OR_null OUTPUT.json
+
+A process of its own, because vLLM keeps the state of one process group per process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # collective_rpc sends the functions below to the workers
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+def watch(worker: Any) -> None:
+    """On every rank: note the trees that are verified, and how the walks went."""
+    import numpy as np
+
+    runner = worker.model_runner
+    runner.watched = []
+    commit_kv = runner.commit_kv
+
+    def note(step: Any, walks: Any) -> None:
+        rows = np.flatnonzero(step.branched).tolist()
+        runner.watched.append([[step.tokens.tolist(), step.parents.tolist(), walks.path(row).tolist()] for row in rows])
+        commit_kv(step, walks)
+
+    runner.commit_kv = note
+
+
+def watched(worker: Any) -> list[Any]:
+    """On every rank: what ``watch`` noted."""
+    return worker.model_runner.watched
+
+
+def main(model: str, config: dict[str, Any] | None) -> dict[str, Any]:
+    """Run both kinds of decoding; return tokens and what the ranks saw."""
+    from engine.cases import either
+    from engine.prompts import PROMPTS
+    from vllm import LLM
+
+    llm = LLM(
+        model,
+        dtype="float32",
+        enforce_eager=True,
+        tensor_parallel_size=2,
+        max_model_len=512,
+        max_num_seqs=16,
+        block_size=32,
+        kv_cache_memory_bytes=64 << 20,
+        disable_log_stats=False,
+        speculative_config=config,
+        seed=0,
+    )
+    each_rank: Callable[..., list[Any]] = llm.collective_rpc
+    if config is not None:
+        each_rank(watch)
+    params = [either(i, max_tokens=32) for i in range(len(PROMPTS))]
+    outputs = llm.generate(list(PROMPTS), params, use_tqdm=False)
+    result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+    if config is not None:
+        result["ranks"] = each_rank(watched)
+        result["metrics"] = {
+            m.name: m.value for m in llm.get_metrics() if "num_accepted_tokens" in m.name and hasattr(m, "value")
+        }
+    return result
+
+
+if __name__ == "__main__":
+    model_folder, config_json, output_file = sys.argv[1:]
+    Path(output_file).write_text(json.dumps(main(model_folder, json.loads(config_json))))

@@ -1,0 +1,158 @@
+"""Requests come and go in every way, proposers fail: nothing is left behind, nothing is lost."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import pytest
+from vllm import LLM, RequestOutput, TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+
+from proposers import DraftTree, Proposer, RequestProposer, Verified, registry
+from proposers.prompt_lookup import PromptLookup, PromptLookupOptions
+
+from .cases import CASES, Case, Encode, greedy
+from .engines import assert_same, engine, run, runner_of, token_ids
+
+
+def run_with_aborts(
+    llm: LLM, prompts: list[list[int]], count: int, seed: int
+) -> tuple[dict[int, RequestOutput], set[int]]:
+    """Run ``count`` short greedy requests, at most 32 at a time, and abort about a fifth of them at random moments.
+
+    Request i has prompt i modulo their number, and 1 to 12 output tokens.
+
+    Returns:
+        The outputs of the requests that ended by themselves, and the numbers of the aborted ones.
+    """
+    core, rng = llm.llm_engine, np.random.default_rng(seed)
+    outputs: dict[int, RequestOutput] = {}
+    aborted: set[int] = set()
+    running: set[int] = set()
+    added = 0
+    while added < count or running:
+        while added < count and len(running) < 32 and (not running or rng.random() < 0.8):
+            params = greedy(max_tokens=1 + added % 12, detokenize=False)
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+            core.add_request(str(added), TokensPrompt(prompt_token_ids=prompts[added % len(prompts)]), params)
+            running.add(added)
+            added += 1
+        if running and rng.random() < 0.5:
+            victim = int(rng.choice(sorted(running)))
+            core.abort_request([str(victim)])
+            running.remove(victim)
+            aborted.add(victim)
+        for output in core.step():
+            outputs[int(output.request_id)] = output
+            running.remove(int(output.request_id))
+    # The engine core hears of the last requests' end in one more step.
+    core.step()
+    return outputs, aborted
+
+
+def test_2000_requests_with_random_aborts(
+    ours: LLM, reference: Callable[[Case], list[RequestOutput]], encode: Encode
+) -> None:
+    case = CASES[0]
+    assert case.name == "greedy"
+    expected = token_ids(reference(case))
+    prompts = [encode(prompt) for prompt in case.prompts]
+    runner = runner_of(ours)
+    process = psutil.Process()
+
+    run_with_aborts(ours, prompts, 500, seed=0)
+    gc.collect()
+    before = process.memory_info().rss
+    outputs, aborted = run_with_aborts(ours, prompts, 2000, seed=1)
+    gc.collect()
+    grown = process.memory_info().rss - before
+
+    assert len(runner.drafter) == 0, "a request's state outlives it"
+    assert not runner.requests
+    assert not runner.input_batch.req_ids
+    assert grown < 24 << 20, f"memory grew by {grown >> 20} MiB"
+    assert len(aborted) > 200
+    assert outputs.keys() == set(range(2000)) - aborted, "a request got lost"
+    for i, output in outputs.items():
+        assert list(output.outputs[0].token_ids) == expected[i % len(prompts)][: 1 + i % 12], f"request {i}"
+
+
+class FailingOptions(PromptLookupOptions):
+    where: Literal["start", "propose", "observe", "finish"]
+
+
+class FailingProposer(PromptLookup):
+    """Prompt lookup with a bug: in ``start``, in the 5th ``propose``, in the 3rd ``observe`` or in ``finish``."""
+
+    Options = FailingOptions
+    options: FailingOptions
+
+    def start(self, request_id: str, prompt: Any) -> RequestProposer:
+        if self.options.where == "start":
+            raise RuntimeError("a bug in start")
+        return FailingRequest(self.options.where, super().start(request_id, prompt))
+
+
+class FailingRequest(RequestProposer):
+    def __init__(self, where: str, inner: RequestProposer) -> None:
+        self.where, self.inner = where, inner
+        self.proposed = self.observed = 0
+
+    def propose(self, context: Any, budget: int) -> DraftTree:
+        self.proposed += 1
+        if self.where == "propose" and self.proposed == 5:
+            raise RuntimeError("a bug in propose")
+        return self.inner.propose(context, budget)
+
+    def observe(self, tree: DraftTree, verified: Verified) -> None:
+        self.observed += 1
+        if self.where == "observe" and self.observed == 3:
+            raise RuntimeError("a bug in observe")
+        self.inner.observe(tree, verified)
+
+    def finish(self) -> None:
+        if self.where == "finish":
+            raise RuntimeError("a bug in finish")
+        self.inner.finish()
+
+
+@pytest.fixture
+def failing() -> Iterator[str]:
+    """The name under which the failing proposer is registered."""
+    name = "failing_in_tests"
+    registry.register(name)(FailingProposer)
+    yield name
+    del registry._registered[name]
+
+
+@pytest.mark.parametrize("where", ["start", "propose", "observe", "finish"])
+def test_a_failing_proposer_is_logged_once_and_costs_nothing_but_drafts(
+    where: str,
+    failing: str,
+    demo_model: str,
+    reference: Callable[[Case], list[RequestOutput]],
+    encode: Encode,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert issubclass(registry.get(failing), Proposer)
+    case = CASES[0]
+    logger = logging.getLogger("vllm.vllm_lookahead.drafter")
+    logger.addHandler(caplog.handler)
+    try:
+        with engine(demo_model, {"method": failing, "where": where}) as llm:
+            got = run(llm, case.requests(encode), in_flight=16, seed=14)
+            llm.llm_engine.step()
+            assert len(runner_of(llm).drafter) == 0
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert_same(reference(case), got, case.prompts)
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == 1, [record.getMessage() for record in errors]
+    assert failing in errors[0].getMessage()
+    assert errors[0].exc_info is not None
+    assert f"a bug in {where}" in str(errors[0].exc_info[1])

@@ -1,0 +1,128 @@
+"""``vllm serve`` as a subprocess: started on a free port, ended with everything it started; and requests to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from openai import OpenAI
+
+VLLM = str(Path(sys.executable).parent / "vllm")
+START_TIMEOUT = 300.0
+ARGUMENTS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager")
+"""Small and quick to start; eager mode and float32 on both sides make outputs comparable."""
+
+
+PROMPTS = [
+    "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n",
+    "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n    def ",
+    "import unittest\n\n\nclass ListTest(unittest.TestCase):\n    def test_append(self):\n",
+    "for i in range(10):\n    print(i)\n\nfor j in range(20):\n    ",
+]
+
+
+class Server:
+    """One running server.
+
+    Attributes:
+        url: where it listens.
+        process: the process, which leads a session of its own.
+        log: the file with everything it printed.
+    """
+
+    def __init__(self, model: str, log: Path, *arguments: str, **environment: str) -> None:
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        command = [VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, *ARGUMENTS, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Wait until the server answers ``/health``; fail with its log if it dies."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"vllm serve ended:\n{self.log.read_text()[-5000:]}"
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+            time.sleep(0.5)
+        raise AssertionError(f"no answer within {START_TIMEOUT:.0f} s:\n{self.log.read_text()[-5000:]}")
+
+    def metrics(self) -> dict[str, float]:
+        """``/metrics`` as numbers, summed over labels (but ``..._per_pos_total`` keeps none of its own)."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        values: dict[str, float] = {}
+        for name, value in re.findall(r"^(vllm:\w+)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE):
+            values[name] = values.get(name, 0.0) + float(value)
+        return values
+
+    def stop(self) -> None:
+        """End the server and its engine processes."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def serving(model: str, log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
+    """A server for the length of a ``with`` block. It may not answer yet: see ``Server.wait_until_ready``."""
+    server = Server(model, log, *arguments, **environment)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def client(server: Server) -> OpenAI:
+    """The ``openai`` client for a server."""
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
+
+
+def complete(client: OpenAI, prompt: Any, **options: Any) -> Any:
+    """A completion, greedy unless told otherwise."""
+    return client.completions.create(model="demo", prompt=prompt, **{"max_tokens": 64, "temperature": 0, **options})
+
+
+def chat(client: OpenAI, text: str, **options: Any) -> Any:
+    """The answer to one message, greedy unless told otherwise."""
+    messages: Any = [{"role": "user", "content": text}]
+    return client.chat.completions.create(
+        model="demo", messages=messages, **{"max_tokens": 64, "temperature": 0, **options}
+    )
+
+
+def texts(answer: Any) -> list[tuple[str, str | None]]:
+    """What a completion says, and why it ended there."""
+    return [(choice.text, choice.finish_reason) for choice in answer.choices]

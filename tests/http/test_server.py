@@ -1,0 +1,163 @@
+"""``vllm serve --speculative-model '[prompt_lookup]'`` through the ``openai`` client, against stock vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from serving import PROMPTS, Server, chat, complete, texts
+
+CHATS = ["Write a function that adds two numbers.", "What does print(len(items)) do?"]
+
+
+def wait_for(server: Server, name: str, value: float, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while (now := server.metrics().get(name)) != value:
+        assert time.monotonic() < deadline, f"{name} is {now}, expected {value}"
+        time.sleep(0.2)
+
+
+# ---- equal to stock
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
+def test_completion(stock: OpenAI, ours: OpenAI, prompt: str) -> None:
+    expected, answer = complete(stock, prompt), complete(ours, prompt)
+    assert texts(answer) == texts(expected)
+    assert answer.usage.model_dump() == expected.usage.model_dump()
+
+
+def test_several_prompts_in_one_request(stock: OpenAI, ours: OpenAI) -> None:
+    assert texts(complete(ours, PROMPTS)) == texts(complete(stock, PROMPTS))
+
+
+@pytest.mark.parametrize("text", CHATS)
+def test_chat(stock: OpenAI, ours: OpenAI, text: str) -> None:
+    assert chat(ours, text).choices[0].message.content == chat(stock, text).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.8, "seed": 1},
+        {"temperature": 0.8, "seed": 1, "top_p": 0.9, "n": 2},
+        {"temperature": 1.0, "seed": 2, "extra_body": {"min_p": 0.05}},
+        {"temperature": 0.8, "seed": 3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"logit_bias": {"300": 2.0, "301": -100}},
+        {"stop": ["\n\n"]},
+        {"max_tokens": 1},
+        {"extra_body": {"min_tokens": 20, "top_k": 5, "seed": 4, "temperature": 0.7}},
+    ],
+    ids=lambda options: json.dumps(options).replace(" ", ""),
+)
+def test_options(stock: OpenAI, ours: OpenAI, options: dict[str, Any]) -> None:
+    for prompt in PROMPTS[:2]:
+        assert texts(complete(ours, prompt, **options)) == texts(complete(stock, prompt, **options))
+
+
+def test_logprobs(stock: OpenAI, ours: OpenAI) -> None:
+    expected = complete(stock, PROMPTS[0], logprobs=2).choices[0].logprobs
+    answer = complete(ours, PROMPTS[0], logprobs=2).choices[0].logprobs
+    assert answer.tokens == expected.tokens
+    assert answer.token_logprobs == pytest.approx(expected.token_logprobs, abs=1e-3)
+
+
+def test_structured_output(stock: OpenAI, ours: OpenAI) -> None:
+    options = {"extra_body": {"structured_outputs": {"regex": r"[a-z]{3,8} = [0-9]{1,4}"}}, "max_tokens": 32}
+    assert texts(complete(ours, PROMPTS[0], **options)) == texts(complete(stock, PROMPTS[0], **options))
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:2], ids=range(2))
+def test_streamed_completion_is_the_same(ours: OpenAI, prompt: str) -> None:
+    chunks = list(complete(ours, prompt, stream=True, stream_options={"include_usage": True}))
+    whole = complete(ours, prompt)
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    # several tokens come in one chunk: that is what the drafts are for
+    assert len(chunks) < whole.usage.completion_tokens
+
+
+def test_streamed_chat_is_the_same(ours: OpenAI) -> None:
+    chunks = list(chat(ours, CHATS[0], stream=True))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert streamed == chat(ours, CHATS[0]).choices[0].message.content
+
+
+def test_aborted_stream(server: Server, ours: OpenAI) -> None:
+    expected = texts(complete(ours, PROMPTS[1]))
+    stream = complete(ours, PROMPTS[0], max_tokens=900, stream=True, extra_body={"ignore_eos": True})
+    for _ in range(3):
+        next(iter(stream))
+    stream.close()
+    wait_for(server, "vllm:num_requests_running", 0)
+    assert texts(complete(ours, PROMPTS[1])) == expected
+
+
+# ---- many at once
+
+
+def test_sixteen_concurrent_requests(stock: OpenAI, server: Server) -> None:
+    prompts = [f"{PROMPTS[i % len(PROMPTS)]}# {i}\n" for i in range(16)]
+    expected = [complete(stock, prompt).choices[0].text for prompt in prompts]
+
+    async def ask_all() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0) as client:
+            answers = await asyncio.gather(
+                *(
+                    client.completions.create(model="demo", prompt=prompt, max_tokens=64, temperature=0)
+                    for prompt in prompts
+                )
+            )
+        return [answer.choices[0].text for answer in answers]
+
+    assert asyncio.run(ask_all()) == expected
+
+
+# ---- metrics
+
+
+def test_spec_decode_metrics_move(server: Server, ours: OpenAI) -> None:
+    names = ["drafts", "draft_tokens", "accepted_tokens", "accepted_tokens_per_pos"]
+    keys = {name: f"vllm:spec_decode_num_{name}_total" for name in names}
+    before = server.metrics()
+    usage = complete(ours, PROMPTS[0] * 3, extra_body={"ignore_eos": True}).usage
+    after = server.metrics()
+    moved = {name: after[key] - before[key] for name, key in keys.items()}
+    assert moved["drafts"] > 0
+    assert moved["draft_tokens"] >= moved["accepted_tokens"] > 0
+    assert moved["accepted_tokens_per_pos"] == moved["accepted_tokens"]
+    assert moved["accepted_tokens"] < usage.completion_tokens
+
+
+# ---- requests that are wrong
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tokens": -1}, {"temperature": -1}, {"prompt": PROMPTS[0] * 200}, {"extra_body": {"min_p": 2}}, {"n": 0}],
+    ids=["max_tokens", "temperature", "too_long", "min_p", "n"],
+)
+def test_bad_request(ours: OpenAI, options: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError):
+        complete(ours, **{"prompt": PROMPTS[0], **options})
+    assert complete(ours, PROMPTS[0], max_tokens=1).usage.completion_tokens == 1
+
+
+def test_unknown_model(ours: OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        ours.completions.create(model="nobody", prompt="x")
+
+
+def test_log_is_quiet(server: Server) -> None:
+    """No error and no traceback after everything above."""
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert "ERROR" not in log

@@ -1,0 +1,51 @@
+"""How ``vllm serve`` starts: from a YAML preset, and not at all if an option is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+from serving import PROMPTS, VLLM, client, complete, serving, texts
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_preset(demo_model: str, logs: Path, stock: OpenAI) -> None:
+    preset = str(CONFIGS / "lookahead-cpu.yaml")
+    with serving(demo_model, logs / "preset.log", "--config", preset) as server:
+        server.wait_until_ready()
+        ours = client(server)
+        for prompt in PROMPTS:
+            assert texts(complete(ours, prompt)) == texts(complete(stock, prompt))
+        assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--speculative-config", '{"method": "prompt_lookup", "max_ngram": 0}'],
+            "error: [prompt_lookup]: max_ngram = 0: must be an integer from 1 to",
+        ),
+        (["--speculative-model", "[prompt_lookupp]"], "error: unknown speculative method 'prompt_lookupp'"),
+    ],
+    ids=["option", "method"],
+)
+def test_mistake_ends_with_one_message(demo_model: str, arguments: list[str], message: str) -> None:
+    start = time.monotonic()
+    result = subprocess.run(
+        [VLLM, "serve", demo_model, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "EngineCore" not in result.stdout + result.stderr
+    assert time.monotonic() - start < 90
