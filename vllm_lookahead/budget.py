@@ -84,7 +84,10 @@ class StepCost:
         overhead0, scale0 = self._start
         # rows: observations, then the two priors, each in seconds
         a = np.concatenate(
-            [np.stack([np.ones_like(x), x], 1) * np.sqrt(w)[:, None], np.sqrt(PRIOR_WEIGHT) * np.array([[1, 0], [0, typical]])]
+            [
+                np.stack([np.ones_like(x), x], 1) * np.sqrt(w)[:, None],
+                np.sqrt(PRIOR_WEIGHT) * np.array([[1, 0], [0, typical]]),
+            ]
         )
         b = np.concatenate([y * np.sqrt(w), np.sqrt(PRIOR_WEIGHT) * np.array([overhead0, scale0 * typical])])
         (overhead, scale), *_ = np.linalg.lstsq(a, b, rcond=None)
@@ -141,7 +144,7 @@ def allocate(values: Sequence[NDArray[np.float32]], cost: StepCost, tokens: int)
     owner = np.repeat(np.arange(len(values)), sizes)
     order = np.argsort(-chances, kind="stable")
     expected = tokens + np.concatenate(([0.0], np.cumsum(chances[order])))
-    rate = expected / cost.seconds(tokens + np.arange(len(expected)))
+    rate = expected / cost.seconds(tokens + np.arange(len(expected), dtype=np.float64))
     best = int(np.argmax(rate))
     if rate[best] < GAIN * rate[0]:
         return counts

@@ -16,7 +16,9 @@ from vllm_lookahead.step import StepTrees, Walks
 SlotArray = NDArray[np.int64]
 
 
-def moves(step: StepTrees, walks: Walks, query_start: NDArray[np.int32], slots: SlotArray) -> tuple[SlotArray, SlotArray]:
+def moves(
+    step: StepTrees, walks: Walks, query_start: NDArray[np.int32], slots: SlotArray
+) -> tuple[SlotArray, SlotArray]:
     """Which KV slots have to be copied where.
 
     Args:

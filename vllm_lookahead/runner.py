@@ -20,7 +20,6 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from proposers import DraftTree, Verified
 from vllm_lookahead.drafter import Drafter
@@ -31,7 +30,7 @@ from vllm_lookahead.step import StepTrees, Walks
 from vllm_lookahead.tree_rows import TreeRows
 
 if TYPE_CHECKING:
-    Base = GPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Base
 else:
     Base = object
 
@@ -133,7 +132,8 @@ class LookaheadRunnerMixin(Base):
         reason = self.tree_support()
         self.trees_verifiable = reason is None
         if reason is None:
-            logger.info("[%s] verifies draft trees of up to %d nodes.", self.drafter.config.method, self.num_spec_tokens)
+            method = self.drafter.config.method
+            logger.info("[%s] verifies draft trees of up to %d nodes.", method, self.num_spec_tokens)
         else:
             logger.warning("[%s] falls back to draft chains: %s.", self.drafter.config.method, reason)
 
@@ -158,9 +158,7 @@ class LookaheadRunnerMixin(Base):
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        step = StepTrees.build(
-            self.input_batch.req_ids, scheduler_output.scheduled_spec_decode_tokens, self._proposed
-        )
+        step = StepTrees.build(self.input_batch.req_ids, scheduler_output.scheduled_spec_decode_tokens, self._proposed)
         self._step = step
         self._proposed = {}
         if self.trees_verifiable:
@@ -193,7 +191,7 @@ class LookaheadRunnerMixin(Base):
         return output
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
-        # vLLM rewinds the generators of rows whose sample is discarded; ours never drew (and CPU generators can't rewind)
+        # vLLM rewinds the generators of rows whose sample is discarded. Ours never drew, and CPU generators can't.
         generators, self.input_batch.generators = self.input_batch.generators, {}
         try:
             return super()._bookkeeping_sync(*args, **kwargs)
@@ -268,10 +266,10 @@ class LookaheadRunnerMixin(Base):
         unverified, self._unverified = self._unverified, {}
         if step is None or walks is None:
             return
-        for req_id, tree in unverified.items():
-            row = self.input_batch.req_id_to_index.get(req_id)
-            if row is not None and row < len(sampled_token_ids) and sampled_token_ids[row]:
-                self.policy.observe_token(req_id, tree, sampled_token_ids[row][0])
+        for req_id, dropped in unverified.items():
+            at = self.input_batch.req_id_to_index.get(req_id)
+            if at is not None and at < len(sampled_token_ids) and sampled_token_ids[at]:
+                self.policy.observe_token(req_id, dropped, sampled_token_ids[at][0])
         for row, sampled in enumerate(sampled_token_ids):
             tree = step.trees[row] if row < step.num_rows else None
             if tree is None or not sampled:
@@ -286,4 +284,3 @@ class LookaheadRunnerMixin(Base):
             )
             self.policy.observe_walk(self.input_batch.req_ids[row], tree, n, verified.path)
             self.drafter.observe(self.input_batch.req_ids[row], tree, verified)
-

@@ -123,11 +123,13 @@ class TreeSampler:
                 depth_tokens = np.full(rows, PLACEHOLDER, np.int32)
                 depth_path = np.full(rows, -1, np.int32)
                 going_on = []
-                for row in active:
+                for row in active.tolist():
                     token = int(sampled[row if not plain else np.searchsorted(visited, row)])
                     depth_tokens[row] = token
                     lengths[row] += 1
-                    child = step.find_child(row, nodes[row], token) if step.num_nodes(row) and not discard[row] else -1
+                    child = (
+                        step.find_child(row, int(nodes[row]), token) if step.num_nodes(row) and not discard[row] else -1
+                    )
                     if child >= 0:
                         nodes[row] = depth_path[row] = child
                         output_token_ids[row].append(token)

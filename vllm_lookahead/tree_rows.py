@@ -60,9 +60,7 @@ class TreeRows:
         tokens = np.empty(offsets[-1], np.int64)
         positions = np.empty(offsets[-1], np.int64)
         mask = np.zeros(mask_offsets[-1], np.bool_)
-        _fill(
-            rows, step.starts, step.parents, query_start, prefixes, offsets, mask_offsets, tokens, positions, mask
-        )
+        _fill(rows, step.starts, step.parents, query_start, prefixes, offsets, mask_offsets, tokens, positions, mask)
         return cls(rows, lengths, prefixes, offsets, tokens, positions, mask, mask_offsets)
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm.v1.worker.gpu_worker import Worker
-
 from vllm_lookahead.contract import check_contract
 from vllm_lookahead.hidden import hidden
 
 if TYPE_CHECKING:
-    from vllm_lookahead.runner import LookaheadRunnerMixin
+    from vllm.v1.worker.gpu_worker import Worker as Base
 
-    Base = Worker
+    from vllm_lookahead.runner import LookaheadRunnerMixin
 else:
     Base = object
 

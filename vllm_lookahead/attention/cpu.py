@@ -53,6 +53,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.trees: TreeRows | None = None
+        self.isa: str
         if self.isa == "amx":
             # amx packs the cache in tiles that only its own kernel reads
             self.isa = "vec"
@@ -61,7 +62,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
-        """vLLM's metadata; with tree rows, those are made as cheap as can be for vLLM's kernel and get a plan of ours."""
+        """vLLM's metadata; tree rows are made as cheap as can be for vLLM's kernel and get a plan of ours."""
         trees = self.trees
         if trees is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -95,7 +96,8 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
             layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
         )
         if isinstance(attn_metadata, TreeCPUAttentionMetadata):
-            assert attn_metadata.trees is not None and attn_metadata.tree_blocks is not None
+            assert attn_metadata.trees is not None
+            assert attn_metadata.tree_blocks is not None
             tree_attention(query, kv_cache, attn_metadata.trees, attn_metadata.tree_blocks, self.scale, output)
         return result
 

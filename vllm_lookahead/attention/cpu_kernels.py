@@ -6,6 +6,8 @@ accumulate side by side, eight head dimensions at a time. Measured on one core a
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 from numba import types
@@ -14,7 +16,7 @@ from numba.extending import overload
 FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # but infinities keep their meaning: they are the mask
 
 
-def _as_floats(source, scratch):  # type: ignore[no-untyped-def]
+def _as_floats(source: Any, scratch: Any) -> Any:
     """``source`` as float32: itself, or, where it holds the bits of bfloat16, widened into ``scratch``."""
 
 
@@ -40,8 +42,12 @@ def tree_scores(query, cache, lengths, prefixes, offsets, blocks, mask, mask_off
         query: float32 [packed, heads, head_size].
         cache: float32, or uint16 with the bits of bfloat16, [blocks, kv_heads, 2 * block_size * head_size]: K as
             ``[head_size, block_size]``, then V.
-        lengths: int64 [rows], see ``TreeRows``, also for ``prefixes``, ``offsets``, ``mask`` and ``mask_offsets``.
+        lengths: int64 [rows], see ``TreeRows``.
+        prefixes: int64 [rows], see ``TreeRows``.
+        offsets: int64 [rows + 1], see ``TreeRows``.
         blocks: int32 [rows, most blocks], each row's cache blocks.
+        mask: bool, see ``TreeRows``.
+        mask_offsets: int64 [rows + 1], see ``TreeRows``.
         scale: float32, factor of the scores.
         scores: float32 [packed * heads, most blocks * block_size], written: rows ordered by tree row, head, query.
     """
@@ -100,7 +106,11 @@ def tree_outputs(weights, cache, lengths, prefixes, offsets, blocks, output):  #
 
     Args:
         weights: float32, the softmax of ``tree_scores``'s scores.
-        cache: see ``tree_scores``, also for the other arguments.
+        cache: see ``tree_scores``.
+        lengths: see ``tree_scores``.
+        prefixes: see ``tree_scores``.
+        offsets: see ``tree_scores``.
+        blocks: see ``tree_scores``.
         output: float32 [packed, heads, head_size], written.
     """
     heads, head_size = output.shape[1], output.shape[2]
