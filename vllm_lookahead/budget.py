@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 
 GAIN = 1.02
-"""Drafting must promise at least this factor over plain decoding: estimates are noisy, and slower is worse than equal."""
+"""Drafting must promise at least this factor over plain decoding: estimates are noisy, and slower is worst."""
 REFIT_EVERY = 16
 FORGET = 0.98
 PRIOR_WEIGHT = 4.0
@@ -62,7 +62,7 @@ class StepCost:
         return self.overhead + self.scale * self.forward(tokens)
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Take one step's wall time into account; outliers (a pause, a compilation) count as three times the estimate."""
+        """Take one step's wall time into account; outliers (a pause, a compilation) are cut to 3 times the estimate."""
         forward = float(self.forward(float(tokens)))
         if self._observed > REFIT_EVERY:
             seconds = min(seconds, 3.0 * float(self.seconds(float(tokens))))

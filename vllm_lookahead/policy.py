@@ -56,13 +56,13 @@ class DraftPolicy(ABC):
         """
         return True
 
-    def observe_walk(self, req_id: str, tree: DraftTree, num_nodes: int, path: NDArray[np.int32]) -> None:
+    def observe_walk(self, req_id: str, tree: DraftTree, num_nodes: int, path: NDArray[np.int32]) -> None:  # noqa: B027 - a policy need not learn
         """Take note of a walk down the first ``num_nodes`` nodes of a tree."""
 
-    def observe_token(self, req_id: str, tree: DraftTree, token: int) -> None:
+    def observe_token(self, req_id: str, tree: DraftTree, token: int) -> None:  # noqa: B027 - a policy need not learn
         """Take note of the token that really followed, where a tree was proposed but not verified."""
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
+    def observe_step(self, num_tokens: int, seconds: float) -> None:  # noqa: B027 - a policy need not learn
         """Take note of the wall time of a step that computed ``num_tokens`` tokens, all of them decoding."""
 
     def refit_due(self) -> bool:
@@ -77,7 +77,7 @@ class DraftPolicy(ABC):
         """See ``StepCost.adopt``."""
         raise NotImplementedError
 
-    def finish(self, req_ids: Iterable[str]) -> None:
+    def finish(self, req_ids: Iterable[str]) -> None:  # noqa: B027 - a policy need not learn
         """Forget requests."""
 
 

@@ -57,8 +57,8 @@ class LookaheadRunnerMixin(Base):
     drafter: Drafter
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        # Under speculative decoding vLLM leaves out min_p and logit_bias and refuses custom processors. The tree sampler
-        # runs each of them as it would run without drafts, so all of them are in.
+        # Under speculative decoding vLLM leaves out min_p and logit_bias and refuses custom processors. The tree
+        # sampler runs each of them as it would run without drafts, so all of them are in.
         with (
             hidden(vllm_config.model_config, "logits_processors") as custom,
             muted("vllm.v1.sample.logits_processor", "won't work with speculative decoding"),
