@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -760,6 +760,9 @@ class Trainer:
         corpus, self.held_out, self.tokenizer, self.origins = prepare(config, args)
         self.mixture = Mixture(corpus, config)
         self.model = DemoModel(config)
+        if args.init_from is not None:
+            stored = load_file(args.init_from / "model.safetensors")
+            self.model.load_state_dict({name.removeprefix("model."): value for name, value in stored.items()})
         self.call = torch.compile(self.model, dynamic=False) if config.compile else self.model
         self.optimizers = make_optimizers(self.model, config)
         self.tokens = self.steps = 0
@@ -896,6 +899,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     defaults = TrainConfig()
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
     parser.add_argument("--minutes", type=float, default=defaults.minutes, help="wall-clock time to train")
+    parser.add_argument("--init-from", type=Path, help="continue from a checkpoint's weights (same --work-dir)")
     parser.add_argument("--work-dir", type=Path, default=Path("/tmp/demo_work"), help="folder for encoded documents")
     parser.add_argument("--checkpoint-dir", type=Path, default=Path("/tmp/demo_ckpt"), help="folder for checkpoints")
     parser.add_argument("--checkpoint-minutes", type=float, default=9.5, help="time between checkpoints")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
@@ -60,8 +61,12 @@ def start_engine(model: str, speculative_config: dict[str, Any] | None, **overri
 
 
 def stop_engine(llm: LLM) -> None:
-    """Shut an engine down and free its memory."""
-    llm.llm_engine.engine_core.shutdown()
+    """Free an engine's memory. vLLM's shutdown would also end the process group of the other engines in here."""
+    llm.llm_engine.engine_core._finalizer.detach()
+    runner = runner_of(llm)
+    for layer in runner.compilation_config.static_forward_context.values():
+        layer.kv_cache = torch.empty(0)
+    runner.kv_caches.clear()
     llm.__dict__.clear()
     gc.collect()
 
@@ -113,20 +118,24 @@ def run(
     waiting.reverse()
     outputs: dict[int, RequestOutput] = {}
     running = 0
-    while waiting or running:
-        while waiting and running < in_flight and (not running or seed is None or rng.random() < 0.6):
-            index = waiting.pop()
-            params = requests[index].params.clone()
-            params.output_kind = RequestOutputKind.FINAL_ONLY
-            prompt = TokensPrompt(prompt_token_ids=list(requests[index].prompt))
-            engine.add_request(str(index), prompt, params, **add)
-            running += 1
-        for output in engine.step():
-            assert output.finished
-            assert int(output.request_id) not in outputs, "a request ends once"
-            outputs[int(output.request_id)] = output
-            running -= 1
-    assert not engine.has_unfinished_requests()
+    try:
+        while waiting or running:
+            while waiting and running < in_flight and (not running or seed is None or rng.random() < 0.6):
+                index = waiting.pop()
+                params = requests[index].params.clone()
+                params.output_kind = RequestOutputKind.FINAL_ONLY
+                prompt = TokensPrompt(prompt_token_ids=list(requests[index].prompt))
+                engine.add_request(str(index), prompt, params, **add)
+                running += 1
+            for output in engine.step():
+                assert output.finished
+                assert int(output.request_id) not in outputs, "a request ends once"
+                outputs[int(output.request_id)] = output
+                running -= 1
+        assert not engine.has_unfinished_requests()
+    finally:
+        # a failure must not leave requests to the engine's next user
+        engine.abort_request([str(index) for index in range(len(requests)) if index not in outputs])
     return [outputs[index] for index in range(len(requests))]
 
 

@@ -67,7 +67,7 @@ def test_preemption_under_a_tiny_kv_cache(demo_model: str, method: dict[str, Any
     requests = [
         Request(tuple(encode(p)), either(i, max_tokens=64, ignore_eos=True)) for i, p in enumerate(PROMPTS[:40])
     ]
-    tiny = {"num_gpu_blocks_override": 34, "block_size": 16, "max_model_len": 256}
+    tiny = {"num_gpu_blocks_override": 20, "max_model_len": 256}
     with engine(demo_model, method, **tiny) as ours, TreeSpy.on(ours) as spy:
         got = run(ours, requests, in_flight=16, seed=7)
         assert metric(ours, "vllm:num_preemptions") >= 10

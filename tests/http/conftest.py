@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
-from serving import Server, client, serving
+from serving import COMPARABLE, Server, client, serving
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +19,8 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers(demo_model: str, logs: Path) -> Iterator[tuple[Server, Server]]:
     # the stock one doesn't even load the plugin
     with (
-        serving(demo_model, logs / "stock.log", VLLM_PLUGINS="") as stock,
-        serving(demo_model, logs / "ours.log", "--speculative-model", "[prompt_lookup]") as ours,
+        serving(demo_model, logs / "stock.log", *COMPARABLE, VLLM_PLUGINS="") as stock,
+        serving(demo_model, logs / "ours.log", *COMPARABLE, "--speculative-model", "[prompt_lookup]") as ours,
     ):
         stock.wait_until_ready()
         ours.wait_until_ready()

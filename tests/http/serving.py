@@ -19,8 +19,8 @@ from openai import OpenAI
 
 VLLM = str(Path(sys.executable).parent / "vllm")
 START_TIMEOUT = 300.0
-ARGUMENTS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager")
-"""Small and quick to start; eager mode and float32 on both sides make outputs comparable."""
+COMPARABLE = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager")
+"""Arguments of servers whose outputs are compared: float32, and quick to start."""
 
 
 PROMPTS = [
@@ -47,7 +47,7 @@ class Server:
         command = [VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [*command, *ARGUMENTS, *arguments],
+                [*command, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
