@@ -83,8 +83,9 @@ DEFAULT_PACKAGES = (
     "tokenizers", "safetensors", "depyf", "pillow", "email-validator", "python-json-logger", "pyzmq", "ijson",
 )  # fmt: skip
 
-PERMISSIVE = re.compile(r"\b(MIT(-0|-CMU)?|BSD([- ][0-9]-Clause)?|Apache|PSF(-[0-9.]+)?|Python Software|ISC)\b", re.I)
-RESTRICTED = re.compile(r"\b(A?GPL|LGPL|GNU|MPL|Mozilla|EPL|CDDL|Proprietary)", re.I)
+PERMISSIVE = re.compile(r"\b(MIT(-0)?|BSD([- ][0-9]-Clause)?|Apache|PSF(-[0-9.]+)?|Python Software)\b", re.I)
+RESTRICTED = re.compile(r"\b(A?GPL|LGPL|GNU|MPL|Mozilla|EPL|CDDL|Proprietary|ISC\b|CMU|CNRI)", re.I)
+CORPUS_VERSION = 2  # raise it when the choice or the making of documents changes
 SKIPPED_FOLDERS = {
     "test", "tests", "testing", "idlelib", "lib2to3", "idle_test", "site-packages", "ensurepip", "turtledemo",
     "pydoc_data", "__pycache__", "_vendor", "vendor", "generated", "encodings",
@@ -148,7 +149,7 @@ def licence_of(distribution: importlib.metadata.Distribution) -> str:
 
 
 def is_permissive(licence: str) -> bool:
-    """Tell whether licence words name only licences of the BSD, MIT, Apache, ISC or PSF kind."""
+    """Tell whether licence words name only licences of the BSD, MIT, Apache or PSF kind."""
     return bool(PERMISSIVE.search(licence)) and not RESTRICTED.search(licence)
 
 
@@ -166,8 +167,14 @@ def package_files(names: Iterable[str]) -> Iterator[tuple[str, str, list[Path]]]
 
 
 def standard_library_files() -> list[Path]:
-    """Return the Python files of the standard library."""
-    return sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    """Return the Python files of the standard library, without what is installed beside it."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return sorted(path for path in root.rglob("*.py") if not is_skipped(path, root))
+
+
+def is_skipped(path: Path, root: Path) -> bool:
+    """Tell whether any folder between the root and a file, or the file's name, rules it out."""
+    return bool(SKIPPED_FOLDERS.intersection(path.relative_to(root).parts[:-1])) or path.name.startswith("test_")
 
 
 def strip_header(text: str) -> str:
@@ -203,8 +210,7 @@ def read_sources(names: Iterable[str], package_limit: int) -> tuple[list[str], d
         size = count = 0
         random.Random(name).shuffle(paths)
         for path in paths:
-            parts = path.relative_to(root).parts if root in path.parents else path.parts[-4:]
-            if SKIPPED_FOLDERS & set(parts) or path.name.startswith("test_") or size > package_limit:
+            if size > package_limit or (root in path.parents and is_skipped(path, root)):
                 continue
             try:
                 text = clean(path.read_text(encoding="utf-8"))
@@ -761,6 +767,8 @@ class Trainer:
         self.mixture = Mixture(corpus, config)
         self.model = DemoModel(config)
         if args.init_from is not None:
+            if Tokenizer.from_file(str(args.init_from / "tokenizer.json")).get_vocab() != self.tokenizer.get_vocab():
+                raise SystemExit(f"{args.init_from} was trained with another tokenizer, so its weights do not fit")
             stored = load_file(args.init_from / "model.safetensors")
             self.model.load_state_dict({name.removeprefix("model."): value for name, value in stored.items()})
         self.call = torch.compile(self.model, dynamic=False) if config.compile else self.model
@@ -803,6 +811,8 @@ class Trainer:
         shown = sum(len(self.tokenizer.decode(ids[:-1].tolist()).encode()) for ids in files[:60])
         count = sum(len(ids) - 1 for ids in files[:60])
         return {
+            "corpus_version": CORPUS_VERSION,
+            "earlier_runs": earlier_runs(self.args.init_from),
             "steps": self.steps,
             "tokens": self.tokens,
             "tokens_by_kind": dict(self.mixture.drawn),
@@ -851,16 +861,32 @@ class Trainer:
         print(f"wrote {folder}", flush=True)
 
 
+def cache_folder(config: TrainConfig, args: argparse.Namespace) -> Path:
+    """Return the folder for encoded documents; its name depends on all that the documents depend on."""
+    key = [CORPUS_VERSION, sorted(args.packages), args.package_limit, config.seed, config.vocab_size]
+    return Path(args.work_dir) / hashlib.sha1(json.dumps(key).encode()).hexdigest()[:12]
+
+
+def earlier_runs(folder: Path | None) -> list[dict[str, object]]:
+    """Return steps, tokens and seconds of the runs behind a checkpoint, oldest first."""
+    path = folder / "training.json" if folder else None
+    if path is None or not path.exists():
+        return []
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    return [*facts.get("earlier_runs", []), {key: facts[key] for key in ("steps", "tokens", "seconds")}]
+
+
 Encoded = dict[str, list[np.ndarray]]
 
 
 def prepare(config: TrainConfig, args: argparse.Namespace) -> tuple[Encoded, Encoded, Tokenizer, dict[str, object]]:
     """Read the sources, train the tokenizer and encode all documents; kept in the work folder."""
     started = time.monotonic()
-    cache = args.work_dir / "documents.npz"
+    folder = cache_folder(config, args)
+    cache = folder / "documents.npz"
     if cache.exists():
-        tokenizer = Tokenizer.from_file(str(args.work_dir / "tokenizer.json"))
-        origins = json.loads((args.work_dir / "sources.json").read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        origins = json.loads((folder / "sources.json").read_text(encoding="utf-8"))
         with np.load(cache) as stored:
             splits = {
                 split: {
@@ -885,9 +911,9 @@ def prepare(config: TrainConfig, args: argparse.Namespace) -> tuple[Encoded, Enc
             arrays[f"{split}_{kind}"] = np.concatenate(encoded)
             arrays[f"{split}_{kind}_ends"] = np.cumsum([len(item) for item in encoded])[:-1]
             print(f"{split} {kind}: {len(encoded)} documents, {len(arrays[f'{split}_{kind}'])} tokens", flush=True)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(args.work_dir / "tokenizer.json"))
-    write_json(args.work_dir / "sources.json", origins)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "sources.json", origins)
     np.savez(cache, **arrays)
     print(f"documents ready; {time.monotonic() - started:.0f}s", flush=True)
     return result["train"], result["held"], tokenizer, origins

@@ -1,7 +1,10 @@
 """Guesses for speculative decoding: draft token trees, and the algorithms that make them. No vllm, no torch."""
 
+from pathlib import Path
+
 from proposers.base import Proposer, ProposerOptions, RequestProposer, Verified
 from proposers.lookahead import Lookahead, LookaheadOptions, LookaheadRequest
+from proposers.numba_cache import drop_stale
 from proposers.prompt_lookup import PromptLookup, PromptLookupOptions
 from proposers.registry import get, names, register
 from proposers.tree import ROOT, DraftTree, TrieBuilder, merge
@@ -24,3 +27,5 @@ __all__ = [
     "names",
     "register",
 ]
+
+drop_stale(Path(__file__).parent)  # kernels are loaded when they are first called

@@ -62,6 +62,22 @@ class RequestProposer(ABC):
             budget: most nodes that the tree may have, at least 0.
         """
 
+    def propose_branch(self, context: IntArray, budget: int) -> DraftTree:
+        """The lookahead branch alone, for a forward of its own on the root; empty if there is none to run now.
+
+        Called, before ``propose``, only for a proposer with ``separate_branch``; see there for the arguments.
+        """
+        return DraftTree.empty()
+
+    def observe_branch(self, tree: DraftTree, argmax: IntArray) -> None:  # noqa: B027 - only for those with a branch
+        """Learn from the forward over ``propose_branch``'s tree.
+
+        Args:
+            tree: that tree.
+            argmax: int32 [m + 1], the argmax after the root (entry 0) and after node i (entry i + 1), for the first
+                m nodes.
+        """
+
     def observe(self, tree: DraftTree, verified: Verified) -> None:  # noqa: B027 - learning is optional
         """Learn from the verification of the last proposed tree. Not called for a tree that was dropped unverified."""
 
@@ -74,6 +90,8 @@ class Proposer(ABC):
 
     Options: ClassVar[type[ProposerOptions]] = ProposerOptions
     needs_argmax: bool = False
+    separate_branch: bool = False
+    """Whether the lookahead branch runs in forwards of its own, not in the verification's."""
 
     def __init__(self, options: ProposerOptions) -> None:
         self.options = options

@@ -82,6 +82,8 @@ class Lookahead(Proposer):
 
     def __init__(self, options: LookaheadOptions) -> None:
         super().__init__(options)
+        self.separate_branch = options.branch == "separate"
+        self.needs_argmax = not self.separate_branch
         most = options.max_draft_tokens + largest_comb(options.window_size, options.ngram_size)
         self._nodes = np.empty((3, most), np.int32)
         self._without = np.empty((3, options.max_draft_tokens), np.int32)

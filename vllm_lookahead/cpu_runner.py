@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from proposers import DraftTree
 from vllm_lookahead.attention.cpu import TreeCPUAttentionMetadataBuilder, tree_attention, unsupported_reason
+from vllm_lookahead.branch import BranchRow
+from vllm_lookahead.cpu_branch import run_branches
 from vllm_lookahead.kv import CPUCommit, moves
 from vllm_lookahead.runner import LookaheadRunnerMixin
 from vllm_lookahead.step import StepTrees, Walks, walk_all
@@ -39,6 +43,10 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
         for builder in self._builders:
             assert isinstance(builder, TreeCPUAttentionMetadataBuilder)
             builder.trees = trees
+
+    def run_branches(self, rows: list[BranchRow], common: CommonAttentionMetadata) -> list[NDArray[np.int32]]:
+        """See ``LookaheadRunnerMixin.run_branches``."""
+        return run_branches(self, rows, common)
 
     def warm_up_trees(self) -> None:
         """See ``LookaheadRunnerMixin.warm_up_trees``: one small tree through every kernel, on a cache of its own."""

@@ -82,6 +82,28 @@ class Drafter:
             self._give_up(req_id)
             return None
 
+    def propose_branch(self, req_id: str, context: IntArray, num_prompt_tokens: int, budget: int) -> DraftTree | None:
+        """A request's lookahead branch for a forward of its own, or None; arguments as for ``propose_tree``."""
+        try:
+            if req_id not in self._requests:
+                self._requests[req_id] = self.proposer.start(req_id, context[:num_prompt_tokens])
+            request = self._requests[req_id]
+            comb = None if request is None else request.propose_branch(context, budget)
+            return comb if comb is not None and len(comb) else None
+        except Exception:
+            self._give_up(req_id)
+            return None
+
+    def observe_branch(self, req_id: str, tree: DraftTree, argmax: IntArray) -> None:
+        """Tell a request's proposer what came out of its branch."""
+        request = self._requests.get(req_id)
+        if request is None:
+            return
+        try:
+            request.observe_branch(tree, argmax)
+        except Exception:
+            self._give_up(req_id)
+
     def observe(self, req_id: str, tree: DraftTree, verified: Verified) -> None:
         """Tell a request's proposer how its last tree fared."""
         request = self._requests.get(req_id)

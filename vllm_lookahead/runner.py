@@ -22,6 +22,7 @@ from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from proposers import DraftTree, Verified
+from vllm_lookahead.branch import BranchRow
 from vllm_lookahead.drafter import Drafter
 from vllm_lookahead.hidden import hidden, muted
 from vllm_lookahead.policy import AutoBudget, DraftPolicy, FixedBudget, measure_step_cost
@@ -35,6 +36,8 @@ else:
     Base = object
 
 logger = init_logger(f"vllm.{__name__}")
+
+IntArray = NDArray[np.int32]
 
 
 MOST_MEASURED_TOKENS = 512
@@ -91,6 +94,10 @@ class LookaheadRunnerMixin(Base):
 
     def commit_kv(self, step: StepTrees, walks: Walks) -> None:
         """Move the accepted nodes' KV to the contiguous slots after the root."""
+        raise NotImplementedError
+
+    def run_branches(self, rows: list[BranchRow], common: CommonAttentionMetadata) -> list[IntArray]:
+        """Run lookahead branches; see ``cpu_branch.run_branches``."""
         raise NotImplementedError
 
     def warm_up_trees(self) -> None:
@@ -206,14 +213,21 @@ class LookaheadRunnerMixin(Base):
         self,
         scheduler_output: SchedulerOutput,
         sampled_token_ids: torch.Tensor | list[list[int]],
-        *args: Any,
-        **kwargs: Any,
+        sampling_metadata: Any,
+        hidden_states: torch.Tensor,
+        sample_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        spec_decode_metadata: SpecDecodeMetadata | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        slot_mappings: Any,
     ) -> list[list[int]]:
         """Feed back what was verified, then guess the next trees; flattened, one list per batch row."""
         assert isinstance(sampled_token_ids, list)
         self._observe(sampled_token_ids)
         req_ids = self.input_batch.req_ids[: len(sampled_token_ids)]
         limit = self._node_limit(len(req_ids))
+        if self.drafter.proposer.separate_branch and self.trees_verifiable:
+            self._run_branches(sampled_token_ids, common_attn_metadata)
         trees = [self._propose_row(row, limit) if sampled else None for row, sampled in enumerate(sampled_token_ids)]
         counts = self.policy.choose(req_ids, trees, limit)
         drafts: list[list[int]] = []
@@ -239,6 +253,30 @@ class LookaheadRunnerMixin(Base):
         room = self.scheduler_config.max_num_batched_tokens // num_rows - 1
         return max(0, min(self.num_spec_tokens, room))
 
+    def _run_branches(self, sampled_token_ids: list[list[int]], common: CommonAttentionMetadata) -> None:
+        """The lookahead branches in forwards of their own, on the roots that this step found."""
+        batch = self.input_batch
+        due: list[BranchRow] = []
+        for row, sampled in enumerate(sampled_token_ids):
+            num_tokens = int(batch.num_tokens_no_spec[row])
+            # no position of the comb may reach the end of the context
+            limit = min(self.num_spec_tokens, self.max_model_len - num_tokens - 1)
+            req_id = batch.req_ids[row]
+            if not sampled or limit <= 0 or self._only_chains(req_id):
+                continue
+            context = batch.token_ids_cpu[row, :num_tokens]
+            comb = self.drafter.propose_branch(req_id, context, int(batch.num_prompt_tokens[row]), limit)
+            if comb is not None and self.policy.keeps_branch(req_id, comb, self.drafter.branch_gain(req_id)):
+                due.append(BranchRow(row, num_tokens, int(context[-1]), comb))
+        if due:
+            for branch, argmax in zip(due, self.run_branches(due, common), strict=True):
+                self.drafter.observe_branch(batch.req_ids[branch.row], branch.comb, argmax)
+
+    def _only_chains(self, req_id: str) -> bool:
+        """Whether this request can't verify trees: a grammar advances along one path only."""
+        params = self.requests[req_id].sampling_params
+        return not self.trees_verifiable or (params is not None and params.structured_outputs is not None)
+
     def _propose_row(self, row: int, limit: int) -> DraftTree | None:
         batch = self.input_batch
         num_tokens = int(batch.num_tokens_no_spec[row])
@@ -249,15 +287,13 @@ class LookaheadRunnerMixin(Base):
         params = self.requests[req_id].sampling_params
         if params is not None and getattr(params, "thinking_token_budget", None) is not None:
             return None  # vLLM's forcing state follows committed tokens only
-        # a grammar advances along one path only
-        chain = not self.trees_verifiable or (params is not None and params.structured_outputs is not None)
         return self.drafter.propose_tree(
             req_id,
             batch.token_ids_cpu[row, :num_tokens],
             int(batch.num_prompt_tokens[row]),
             limit,
             confidence=self.policy.confidence(req_id),
-            chain=chain,
+            chain=self._only_chains(req_id),
         )
 
     def _observe(self, sampled_token_ids: list[list[int]]) -> None:

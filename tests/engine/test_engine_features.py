@@ -57,8 +57,10 @@ def test_prefix_caching_serves_what_trees_have_written(ours: LLM, stock: LLM, en
     for _ in range(2):
         got = run(ours, second, in_flight=16, seed=6)
         for one, request in zip(got, first, strict=True):
+            # vLLM hands a block to the cache in the step after the one that filled it, so the last one may be missing
             assert one.num_cached_tokens is not None
-            assert one.num_cached_tokens >= (len(request.prompt) + 95) // 32 * 32, "the first output must be cached"
+            assert one.num_cached_tokens >= (len(request.prompt) + 95) // 32 * 32 - 32
+            assert one.num_cached_tokens > len(request.prompt), "the first turn's output must be cached"
         assert_same(expected, got, labels(second))
 
 

@@ -16,7 +16,7 @@ Caches = dict[str, tuple[list[int], torch.Tensor]]
 
 
 def caches_while_running(llm: LLM, prompts: list[list[int]]) -> Caches:
-    """Run requests until each has ``TOKENS`` output tokens; then read each one's output so far and its KV.
+    """Run requests and, as soon as one has ``TOKENS`` output tokens, read its KV while it is still running.
 
     Returns:
         Request id to output tokens and keys and values, float32 [layers, positions, kv heads, 2 * head size], of the
@@ -24,25 +24,21 @@ def caches_while_running(llm: LLM, prompts: list[list[int]]) -> Caches:
     """
     engine, runner = llm.llm_engine, runner_of(llm)
     for i, prompt in enumerate(prompts):
-        params = either(i, max_tokens=300, ignore_eos=True, detokenize=False)
+        params = either(i, max_tokens=4 * TOKENS, ignore_eos=True, detokenize=False)
         engine.add_request(str(i), TokensPrompt(prompt_token_ids=prompt), params)
-    outputs: dict[str, list[int]] = {}
-    while len(outputs) < len(prompts) or min(map(len, outputs.values())) < TOKENS:
-        for output in engine.step():
-            outputs[output.request_id] = list(output.outputs[0].token_ids)
-    batch = runner.input_batch
-    table = batch.block_table[0].get_numpy_array()
     found: Caches = {}
-    for row, internal in enumerate(batch.req_ids):
-        name = internal.rsplit("-", 1)[0]
-        positions = torch.arange(len(prompts[int(name)]) + len(outputs[name]) - 1)
-        found[name] = (
-            outputs[name],
-            torch.stack([_read(c, torch.from_numpy(table[row]), positions) for c in runner.kv_caches]),
-        )
-    engine.abort_request(list(outputs))
     while engine.has_unfinished_requests():
-        engine.step()
+        for output in engine.step():
+            tokens = list(output.outputs[0].token_ids)
+            if len(tokens) < TOKENS or output.request_id in found:
+                continue
+            assert not output.finished
+            batch = runner.input_batch
+            row = next(row for row, name in enumerate(batch.req_ids) if name.startswith(f"{output.request_id}-"))
+            blocks = torch.from_numpy(batch.block_table[0].get_numpy_array()[row])
+            positions = torch.arange(len(prompts[int(output.request_id)]) + len(tokens) - 1)
+            found[output.request_id] = tokens, torch.stack([_read(c, blocks, positions) for c in runner.kv_caches])
+            engine.abort_request([output.request_id])
     return found
 
 

@@ -141,15 +141,10 @@ def test_a_failing_proposer_is_logged_once_and_costs_nothing_but_drafts(
 ) -> None:
     assert issubclass(registry.get(failing), Proposer)
     case = CASES[0]
-    logger = logging.getLogger("vllm.vllm_lookahead.drafter")
-    logger.addHandler(caplog.handler)
-    try:
-        with engine(demo_model, {"method": failing, "where": where}) as llm:
-            got = run(llm, case.requests(encode), in_flight=16, seed=14)
-            llm.llm_engine.step()
-            assert len(runner_of(llm).drafter) == 0
-    finally:
-        logger.removeHandler(caplog.handler)
+    with engine(demo_model, {"method": failing, "where": where}) as llm:
+        got = run(llm, case.requests(encode), in_flight=16, seed=14)
+        llm.llm_engine.step()
+        assert len(runner_of(llm).drafter) == 0
     assert_same(reference(case), got, case.prompts)
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(errors) == 1, [record.getMessage() for record in errors]
