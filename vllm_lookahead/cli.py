@@ -9,12 +9,16 @@ import typer
 from rich.console import Console
 
 import vllm_lookahead
+from vllm_lookahead.bench.cli import app as bench
 
 app = typer.Typer(
     help="Lossless speculative decoding for vLLM with draft token trees, without a draft model.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
+
+
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -111,16 +111,10 @@ class LookaheadConfig(BaseModel):
 def max_nodes(options: ProposerOptions) -> int:
     """Most nodes that a proposer with these options puts into one tree.
 
-    A proposer says so with a ``max_nodes`` property on its options. Without one it is ``max_draft_tokens``, and beside
-    those the comb of W * (N - 1) - 1 nodes if there is a window.
+    A proposer says so with a ``max_nodes`` property on its options; without one, ``max_draft_tokens`` is the answer.
     """
-    declared = getattr(options, "max_nodes", None)
-    if declared is not None:
-        return min(int(declared), MAX_NODES)
-    guesses = getattr(options, "max_draft_tokens", MAX_NODES)
-    window, ngram = getattr(options, "window_size", None), getattr(options, "ngram_size", None)
-    comb = 0 if window is None or ngram is None else window * (ngram - 1) - 1
-    return min(guesses + comb, MAX_NODES)
+    limits = (getattr(options, name, None) for name in ("max_nodes", "max_draft_tokens"))
+    return min(next((int(limit) for limit in limits if limit is not None), MAX_NODES), MAX_NODES)
 
 
 def method_names() -> set[str]:

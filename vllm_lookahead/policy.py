@@ -16,8 +16,9 @@ from vllm_lookahead.budget import REFIT_EVERY, Confidence, StepCost, allocate
 UNKNOWN_CHANCE = 0.5
 """A node of a proposer that gives no probabilities is assumed to hold this often, if its parent does."""
 REST_AFTER = 4
-PROBE_EVERY = 8
-"""After ``REST_AFTER`` steps without a node worth verifying, a request's proposer is asked only every so many steps."""
+LONGEST_REST = 64
+"""After ``REST_AFTER`` steps without a node worth verifying, a request's proposer is asked ever more rarely, but at
+least once in ``LONGEST_REST`` steps."""
 
 MEASURE_SECONDS = 1.0
 EXPLORE_EVERY = 16
@@ -115,7 +116,8 @@ class AutoBudget(DraftPolicy):
     def wants_proposal(self, req_id: str) -> bool:
         """See ``DraftPolicy.wants_proposal``."""
         idle = self._resting.get(req_id, 0)
-        if idle < REST_AFTER or (idle - REST_AFTER) % PROBE_EVERY == 0:
+        rest = idle - REST_AFTER
+        if rest <= 0 or rest % LONGEST_REST == 0 or rest & (rest - 1) == 0:
             return True
         self._resting[req_id] = idle + 1
         return False

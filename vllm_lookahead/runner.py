@@ -182,7 +182,8 @@ class LookaheadRunnerMixin(Base):
         if logits is None or step is None:
             return super()._sample(logits, spec_decode_metadata)
         rows = step.num_rows
-        self._argmax = self.sampler.greedy_sample(logits).cpu().numpy() if self.drafter.proposer.needs_argmax else None
+        needs_argmax = self.drafter.proposer.needs_argmax and len(step.tokens) > 0
+        self._argmax = self.sampler.greedy_sample(logits).cpu().numpy() if needs_argmax else None
         output, walks = self.tree_sampler(
             logits,
             self.input_batch.sampling_metadata,

@@ -77,7 +77,7 @@ class TreeSampler:
         """Sample and walk one step.
 
         Args:
-            logits: float [nodes + rows, vocabulary], rows ordered as in ``StepTrees``. Not modified.
+            logits: float [nodes + rows, vocabulary], rows ordered as in ``StepTrees``. May be overwritten.
             metadata: vLLM's sampling metadata of the batch, one row per request.
             step: the trees.
             discard: bool [rows], rows whose sample vLLM throws away (prompts not yet fully prefilled): nothing is
@@ -85,12 +85,26 @@ class TreeSampler:
             output_token_ids: each row's output so far: the very lists that vLLM's processors hold. They are extended
                 during the walk and restored before returning.
         """
+        if len(step.tokens) == 0:
+            return self._sample_roots(logits, metadata, step, discard)
         plain = is_plain(metadata)
         if metadata.all_greedy and plain and metadata.max_num_logprobs is None:
             sampled = self.sampler.greedy_sample(logits).cpu().numpy()
             walks = walk_all(step, sampled)
             return _output(walks, None), walks
         return self._walk_by_depth(logits, metadata, step, discard, output_token_ids, plain)
+
+    def _sample_roots(
+        self, logits: torch.Tensor, metadata: SamplingMetadata, step: StepTrees, discard: NDArray[np.bool_]
+    ) -> tuple[SamplerOutput, Walks]:
+        """A step without drafts: exactly vLLM's own sampling (which may write to ``logits``)."""
+        if metadata.generators and discard.any():
+            drawing = {row: generator for row, generator in metadata.generators.items() if not discard[row]}
+            metadata = replace(metadata, generators=drawing)
+        out = self.sampler(logits, replace(metadata, spec_token_ids=None))
+        rows = step.num_rows
+        walks = Walks(out.sampled_token_ids.cpu().numpy(), np.full((rows, 1), -1, np.int32), np.ones(rows, np.int32))
+        return out, walks
 
     def _walk_by_depth(
         self,

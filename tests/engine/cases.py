@@ -14,7 +14,7 @@ from vllm.sampling_params import RepetitionDetectionParams
 from .engines import Request
 from .prompts import CHATS, PROMPTS, REPETITIVE
 
-LENGTH = 40
+LENGTH = 32
 """Output tokens of most requests."""
 
 Encode = Callable[[str], list[int]]
@@ -176,8 +176,8 @@ def everything(i: int, encode: Encode) -> SamplingParams:
 
 
 CASES = (
-    Case("greedy", lambda i, _: greedy(), PROMPTS),
-    Case("seeded sampling", lambda i, _: seeded(i), PROMPTS),
+    Case("greedy", lambda i, _: greedy(max_tokens=48), PROMPTS),
+    Case("seeded sampling", lambda i, _: seeded(i, max_tokens=48), PROMPTS),
     Case("penalties", penalties),
     Case("logit_bias", logit_bias),
     Case("bad_words", bad_words),

@@ -264,10 +264,11 @@ class TreeSpy:
 
     def assert_trees_were_used(self, at_least: int = 5) -> None:
         """The output that was compared went through trees, in a way that chains could not have."""
-        assert self.verified >= at_least, self
-        assert self.accepted >= at_least, self
-        assert self.left_first_branch >= at_least, self
-        assert self.moved >= at_least, self
+        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        assert self.verified >= at_least, counts
+        assert self.accepted >= at_least, counts
+        assert self.left_first_branch >= at_least, counts
+        assert self.moved >= at_least, counts
 
 
 def ended_inside_a_path(outputs: Sequence[RequestOutput], spy: TreeSpy) -> int:

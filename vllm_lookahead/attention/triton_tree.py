@@ -1,0 +1,234 @@
+"""Attention among the tokens of a draft tree, as one Triton kernel for all tree rows of a batch.
+
+Every root and node sees its ancestors and itself, and these keys and values were computed in this very step: no cache
+is read here. What lies before the root (the prefix) is somebody else's part; its output and log-sum-exp can be handed
+in, and the kernel then writes the attention over both. Scores, sums and the merge are float32.
+
+No vLLM here: the kernel is compiled and, under TRITON_INTERPRET=1, run on machines that have no GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_lookahead.attention.packing import WORD_BITS, PackedTrees
+
+HEAD_SIZES = range(16, 257, 16)
+"""Head sizes that the kernel takes: what tensor cores can multiply, without masks that nobody needs."""
+
+BLOCK_ROWS = 32
+"""Rows of a tile: queries times the heads that share a kv head."""
+LN2 = 0.6931471805599453
+LOG2E = 1.4426950408889634
+
+
+class Prefix(NamedTuple):
+    """Attention of the packed queries over what lies before their root.
+
+    Attributes:
+        output: [packed, num_heads, head_size]; anything where a row has no prefix.
+        lse: float32 [num_heads, packed], natural logarithm of the sum of the exponentiated scores.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trees: PackedTrees,
+    scale: float,
+    output: torch.Tensor,
+    prefix: Prefix | None = None,
+    lse: torch.Tensor | None = None,
+    block_rows: int = BLOCK_ROWS,
+) -> None:
+    """Attention of the tree rows' tokens; the other rows of ``output`` are left alone.
+
+    All of one floating type, the last dimension contiguous, the others with any stride.
+
+    Args:
+        query: [tokens, num_heads, head_size], the flattened batch.
+        key: [tokens, num_kv_heads, head_size].
+        value: [tokens, num_kv_heads, head_size].
+        trees: the tree rows, on the same device.
+        scale: factor of the scores.
+        output: [tokens, num_heads, head_size], written.
+        prefix: to be merged with; None: attention among the tree's tokens alone.
+        lse: float32 [num_heads, packed], written if given: log-sum-exp of what ``output`` covers.
+        block_rows: tile height, a power of two from 16 on.
+    """
+    heads, head_size = query.shape[1:]
+    kv_heads = key.shape[1]
+    per_kv = heads // kv_heads
+    blocks = triton.cdiv(trees.longest * per_kv, block_rows)
+    merged = prefix if prefix is not None else Prefix(output, trees.offsets)
+    stored = lse if lse is not None else trees.offsets
+    tree_kernel[(blocks, kv_heads, trees.num_rows)](
+        query,
+        key,
+        value,
+        output,
+        merged.output,
+        merged.lse,
+        stored,
+        trees.offsets,
+        trees.firsts,
+        trees.prefixes,
+        trees.mask,
+        scale,
+        trees.mask.stride(0),
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        output.stride(0),
+        output.stride(1),
+        merged.output.stride(0),
+        merged.output.stride(1),
+        *((merged.lse.stride(0), merged.lse.stride(1)) if prefix is not None else (0, 0)),
+        *((stored.stride(0), stored.stride(1)) if lse is not None else (0, 0)),
+        PER_KV=per_kv,
+        HEAD_SIZE=head_size,
+        BLOCK_D=triton.next_power_of_2(head_size),
+        BLOCK_M=block_rows,
+        BLOCK_N=WORD_BITS,
+        MERGE=prefix is not None,
+        STORE_LSE=lse is not None,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+# What differs from step to step must not lead to another compilation while requests wait.
+@triton.jit(do_not_specialize=["scale", "words", "prefix_lse_head", "prefix_lse_token", "lse_head", "lse_token"])
+def tree_kernel(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    output,
+    prefix_output,
+    prefix_lse,
+    lse,
+    offsets,  # int32 [rows + 1]
+    firsts,  # int32 [rows]
+    prefixes,  # int32 [rows]
+    mask,  # int32 [packed, words]
+    scale,
+    words,
+    query_token,
+    query_head,
+    key_token,
+    key_head,
+    value_token,
+    value_head,
+    output_token,
+    output_head,
+    prefix_token,
+    prefix_head,
+    prefix_lse_head,
+    prefix_lse_token,
+    lse_head,
+    lse_token,
+    PER_KV: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MERGE: tl.constexpr,
+    STORE_LSE: tl.constexpr,
+):
+    """One tile: ``BLOCK_M`` pairs of a query and a head of one kv head, over all keys that they can see.
+
+    ``BLOCK_N`` keys are one word of the mask. Grid: tiles of the longest row, kv heads, tree rows.
+    """
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2)
+    begin = tl.load(offsets + row)
+    length = tl.load(offsets + row + 1) - begin
+    if tile * BLOCK_M >= length * PER_KV:
+        return
+    first = tl.load(firsts + row).to(tl.int64)
+    pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    node = pair // PER_KV
+    head = kv_head * PER_KV + pair % PER_KV
+    real = node < length
+    dim = tl.arange(0, BLOCK_D)
+    inside = dim < HEAD_SIZE
+
+    q = tl.load(
+        query + (first + node)[:, None] * query_token + head[:, None] * query_head + dim[None, :],
+        mask=real[:, None] & inside[None, :],
+        other=0.0,
+    )
+    factor = scale * 1.4426950408889634  # exponents of two from here on
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # parents come before children: no query of the tile sees a key behind the tile's last query
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // PER_KV, length - 1)
+    for start in range(0, last + 1, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        there = column < length
+        k = tl.load(
+            key + (first + column)[None, :] * key_token + kv_head * key_head + dim[:, None],
+            mask=there[None, :] & inside[:, None],
+            other=0.0,
+        )
+        # rows of the tile that are no queries see one key, so that nothing becomes a NaN
+        word = tl.load(mask + (begin + node) * words + start // BLOCK_N, mask=real, other=1)
+        sees = (word[:, None] >> tl.arange(0, BLOCK_N)[None, :]) & 1
+        scores = tl.dot(q, k, input_precision="ieee") * factor
+        scores = tl.where(sees != 0, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.math.exp2(scores - new_top[:, None])
+        shrink = tl.math.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        v = tl.load(
+            value + (first + column)[:, None] * value_token + kv_head * value_head + dim[None, :],
+            mask=there[:, None] & inside[None, :],
+            other=0.0,
+        )
+        sums = sums * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = new_top
+
+    packed = (begin + node).to(tl.int64)
+    if MERGE:
+        # whatever a backend says about an empty prefix (-inf, +inf or nothing) must not be looked at
+        has_prefix = tl.load(prefixes + row) > 0
+        read = real & has_prefix
+        before = tl.load(
+            prefix_lse + head * prefix_lse_head + packed * prefix_lse_token, mask=read, other=float("-inf")
+        )
+        before *= 1.4426950408889634
+        partial = tl.load(
+            prefix_output + packed[:, None] * prefix_token + head[:, None] * prefix_head + dim[None, :],
+            mask=read[:, None] & inside[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        new_top = tl.maximum(top, before)
+        ours = tl.math.exp2(top - new_top)
+        theirs = tl.math.exp2(before - new_top)
+        total = total * ours + theirs
+        sums = sums * ours[:, None] + partial * theirs[:, None]
+        top = new_top
+    result = sums / total[:, None]
+    tl.store(
+        output + (first + node)[:, None] * output_token + head[:, None] * output_head + dim[None, :],
+        result.to(output.dtype.element_ty),
+        mask=real[:, None] & inside[None, :],
+    )
+    if STORE_LSE:
+        tl.store(
+            lse + head * lse_head + packed * lse_token, (top + tl.math.log2(total)) * 0.6931471805599453, mask=real
+        )
