@@ -260,8 +260,8 @@ class LookaheadRunnerMixin(Base):
         due: list[BranchRow] = []
         for row, sampled in enumerate(sampled_token_ids):
             num_tokens = int(batch.num_tokens_no_spec[row])
-            # no position of the comb may reach the end of the context
-            limit = min(self.num_spec_tokens, self.max_model_len - num_tokens - 1)
+            # no position of the comb may reach the end of the context; the node budget is the verification's
+            limit = self.max_model_len - num_tokens - 1
             req_id = batch.req_ids[row]
             if not sampled or limit <= 0 or self._only_chains(req_id):
                 continue

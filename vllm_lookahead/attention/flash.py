@@ -1,0 +1,210 @@
+"""Tree attention for vLLM's FlashAttention backend.
+
+A batch without tree rows takes vLLM's path and metadata untouched. A tree row is computed in two parts: what lies
+before its root with FlashAttention over the paged cache, without a causal mask, and root and nodes among themselves
+with our Triton kernel, which also merges the two. (vLLM's ``merge_attn_states`` does the same merge, but as one more
+launch per layer, with the tree's part rounded on the way, and into packed rows that would have to be scattered after.)
+
+What about the other rows of the same batch? Splitting the batch would mean gathering their queries and scattering
+their output in every layer, so the whole batch goes through vLLM's call as it is. For that call a tree row is one
+that has no context, which makes it cheap; our kernel overwrites its output. In a batch of nothing but tree rows, the
+usual case for few users, that call is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_lookahead.attention.packing import PackedTrees
+from vllm_lookahead.attention.triton_tree import HEAD_SIZES, Prefix, tree_attention
+
+BACKEND = "vllm_lookahead.attention.flash.TreeFlashAttentionBackend"
+
+
+@dataclass
+class TreeFlashAttentionMetadata(FlashAttentionMetadata):
+    """vLLM's metadata, and what the tree rows need.
+
+    Attributes:
+        trees: the step's tree rows.
+        tree_blocks: int32 [tree rows, blocks], their cache blocks.
+        only_trees: every token of the batch belongs to a tree row's root or nodes.
+    """
+
+    trees: PackedTrees | None = None
+    tree_blocks: torch.Tensor | None = None
+    only_trees: bool = False
+
+
+class TreeFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
+    """vLLM's builder, which also takes a step's trees.
+
+    The runner sets ``trees`` before vLLM builds the step's metadata; they are good for that one time, so that a dummy
+    run never meets the trees of a step that is over.
+    """
+
+    # A full CUDA graph replays attention as it was captured. Those of one token per request (the runner sees to that
+    # size) never stand for a step with trees; any other step runs piecewise, where attention is called as usual.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trees: PackedTrees | None = None
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> FlashAttentionMetadata:
+        """vLLM's metadata; for a batch with tree rows without cascade attention, and with what our part needs."""
+        trees, self.trees = self.trees, None
+        if trees is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        common = common_attn_metadata
+        starts = common.query_start_loc_cpu.numpy()
+        on_host = trees.on_host
+        only_trees = len(on_host.tokens) == starts[-1]
+        if not only_trees:
+            whole = on_host.tokens[on_host.offsets[:-1]] == starts[on_host.rows]
+            lengths, rows = trees.lengths, trees.rows
+            if not whole.all():
+                # A row that also computes tokens before its root needs its context for them.
+                keep = torch.from_numpy(whole.nonzero()[0]).to(rows.device)
+                lengths, rows = lengths[keep], rows[keep]
+            common = replace(common, seq_lens=common.seq_lens.index_copy(0, rows, lengths))
+        # nothing to schedule for a call that won't be made
+        stock = super().build(0, common, fast_build or only_trees)
+        used = -(-max(1, trees.longest_prefix) // self.block_size)
+        blocks = common.block_table_tensor[:, :used]
+        if trees.num_rows != common.num_reqs:
+            blocks = blocks.index_select(0, trees.rows)
+        values = {field.name: getattr(stock, field.name) for field in fields(FlashAttentionMetadata)}
+        return TreeFlashAttentionMetadata(**values, trees=trees, tree_blocks=blocks, only_trees=only_trees)
+
+
+class TreeFlashAttentionImpl(FlashAttentionImpl):
+    """FlashAttention for the whole batch, then both parts of the tree rows."""
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FlashAttentionMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's ``FlashAttentionImpl.forward``; shapes there."""
+        trees = attn_metadata.trees if isinstance(attn_metadata, TreeFlashAttentionMetadata) else None
+        if trees is None or not attn_metadata.only_trees or output_scale is not None or output_block_scale is not None:
+            output = super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if trees is not None:
+            prefix = self.attend_prefix(trees.gather(query), kv_cache, trees, attn_metadata.tree_blocks)
+            tree_attention(query, key, value, trees, self.scale, output, prefix)
+        return output
+
+    def attend_prefix(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, trees: PackedTrees, blocks: torch.Tensor
+    ) -> Prefix | None:
+        """FlashAttention of the packed queries over what lies before their root; None if nothing does.
+
+        Args:
+            query: [packed, num_heads, head_size].
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+            trees: the tree rows.
+            blocks: int32 [tree rows, blocks], their cache blocks.
+        """
+        if trees.longest_prefix == 0:
+            return None
+        # there is no such function without a GPU
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        output, lse = flash_attn_varlen_func(
+            q=query,
+            k=canonicalize_singleton_dim_strides(key_cache),
+            v=canonicalize_singleton_dim_strides(value_cache),
+            cu_seqlens_q=trees.offsets,
+            max_seqlen_q=trees.longest,
+            seqused_k=trees.prefixes,
+            max_seqlen_k=trees.longest_prefix,
+            softmax_scale=self.scale,
+            causal=False,
+            block_table=blocks,
+            return_softmax_lse=True,
+            fa_version=self.vllm_flash_attn_version,
+        )
+        return Prefix(output, lse)
+
+
+class TreeFlashAttentionBackend(FlashAttentionBackend):
+    """``FLASH_ATTN`` with tree rows. Registered over vLLM's only in a worker that serves one of our methods."""
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        """The attention implementation."""
+        return TreeFlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        """The metadata builder."""
+        return TreeFlashAttentionMetadataBuilder
+
+
+def unsupported_reason(impl: Any, builder: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Why a layer can't verify trees, or None if it can.
+
+    Args:
+        impl: the layer's attention.
+        builder: its metadata builder.
+        kv_cache: its cache.
+        dtype: the model's.
+    """
+    if not isinstance(impl, TreeFlashAttentionImpl) or not isinstance(builder, TreeFlashAttentionMetadataBuilder):
+        return (
+            f"its attention ({type(impl).__name__}) takes no ancestor mask; on CUDA only FlashAttention does, for "
+            "float16 and bfloat16 (--attention-backend FLASH_ATTN)"
+        )
+    if envs.VLLM_BATCH_INVARIANT:
+        return "batch-invariant mode (VLLM_BATCH_INVARIANT), which chains keep and trees would not"
+    if impl.attn_type != AttentionType.DECODER:
+        return f"{impl.attn_type} attention"
+    if impl.sliding_window != (-1, -1):
+        return "sliding-window attention"
+    if impl.alibi_slopes is not None:
+        return "ALiBi positions"
+    if impl.logits_soft_cap:
+        return "soft-capped attention scores"
+    if impl.sinks is not None:
+        return "attention sinks"
+    if impl.kv_sharing_target_layer_name is not None:
+        return "layers that share a KV cache"
+    if impl.head_size not in HEAD_SIZES:
+        return f"a head size of {impl.head_size}, not a multiple of 16 up to {HEAD_SIZES[-1]}"
+    if getattr(impl, "fa4_hd256", False):
+        return "FlashAttention 4's kernel for a head size of 256"
+    if impl.vllm_flash_attn_version not in (2, 3, 4):
+        return f"FlashAttention version {impl.vllm_flash_attn_version}"
+    if impl.dcp_world_size > 1:
+        return "decode context parallelism"
+    if builder.rswa_window is not None:
+        return "reference sliding-window attention"
+    if kv_cache.dtype != dtype:
+        # the cache's entries would differ from the keys and values that the tree part takes as they are computed
+        return f"a KV cache of type {impl.kv_cache_dtype}"
+    return None
