@@ -119,5 +119,5 @@ def _forward(
     with set_forward_context(per_layer, runner.vllm_config, num_tokens=len(input_ids), slot_mapping=slot_mapping):
         hidden = runner._model_forward(input_ids=input_ids, positions=positions_tensor)
     logits = runner.model.compute_logits(hidden)
-    argmax = runner.sampler.greedy_sample(logits).cpu().numpy().astype(np.int32)
+    argmax = runner.tree_sampler.argmax(logits).astype(np.int32)
     return [argmax[start:end] for start, end in pairwise(query_start)]

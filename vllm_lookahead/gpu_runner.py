@@ -1,29 +1,113 @@
-"""vLLM's GPU model runner with our drafter. Tree attention for CUDA is not written yet: drafts are chains there."""
+"""vLLM's GPU model runner with draft trees."""
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from proposers import DraftTree
+from vllm_lookahead.branch import BranchRow
+from vllm_lookahead.cpu_branch import run_branches
 from vllm_lookahead.runner import LookaheadRunnerMixin
-from vllm_lookahead.step import StepTrees, Walks
+from vllm_lookahead.step import StepTrees, Walks, walk_all
 from vllm_lookahead.tree_rows import TreeRows
+
+if TYPE_CHECKING:
+    from vllm_lookahead.attention.packing import PackedTrees
+
+TREES_VARIABLE = "VLLM_LOOKAHEAD_CUDA_TREES"
+"""Has to be 1 for trees on CUDA: nobody has seen them on a GPU yet."""
+
+
+def trees_are_off() -> str | None:
+    """Why no layer of this process gets tree attention, whatever the model; None if they may."""
+    if os.environ.get(TREES_VARIABLE) == "1":
+        return None
+    return f"draft trees on CUDA are new and have to be asked for ({TREES_VARIABLE}=1)"
 
 
 class LookaheadGPURunner(LookaheadRunnerMixin, GPUModelRunner):
-    """Chains through vLLM's own attention, sampled and walked by the tree sampler, so just as exact."""
+    """CUDA's attention and KV commit for ``LookaheadRunnerMixin``."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self._packed: PackedTrees | None = None
+        if trees_are_off() is None:
+            # Steps with drafts differ in size and run piecewise. Those without are the uniform ones: one token per
+            # request, for which full graphs are captured, as without speculation.
+            self.uniform_decode_query_len = 1
+            self.cudagraph_dispatcher.uniform_decode_query_len = 1
 
     def tree_support(self) -> str | None:
         """See ``LookaheadRunnerMixin.tree_support``."""
-        return "tree attention for CUDA is not available in this version"
+        reason = trees_are_off()
+        if reason is not None:
+            return reason
+        from vllm_lookahead.attention.flash import unsupported_reason
 
-    def set_trees(self, trees: TreeRows | None) -> None:
-        """Never called: without tree support no step has tree rows."""
-        raise NotImplementedError
-
-    def commit_kv(self, step: StepTrees, walks: Walks) -> None:
-        """Never called: a chain's accepted nodes are where they belong."""
-        raise NotImplementedError
+        if self.uses_mrope or getattr(self, "uses_xdrope_dim", 0):
+            return "multi-dimensional RoPE positions (M-RoPE)"
+        if len(self.kv_cache_config.kv_cache_groups) != 1:
+            return "its layers keep different kinds of KV cache"
+        groups = list(self._attn_group_iterator())
+        layers = self.compilation_config.static_forward_context
+        self._layers = [layers[name] for group in groups for name in group.layer_names]
+        self._builders = [group.get_metadata_builder(0) for group in groups]
+        for group, builder in zip(groups, self._builders, strict=True):
+            for layer in (layers[name] for name in group.layer_names):
+                reason = unsupported_reason(layer.impl, builder, layer.kv_cache, self.dtype)
+                if reason is not None:
+                    return reason
+        return None
 
     def warm_up_trees(self) -> None:
-        """Never called."""
-        raise NotImplementedError
+        """See ``LookaheadRunnerMixin.warm_up_trees``: one small tree through every kernel, for each kind of layer.
+
+        It touches vLLM's null block, which no request owns.
+        """
+        from vllm_lookahead.attention.packing import TreePacker
+        from vllm_lookahead.cuda_commit import CUDACommit
+
+        most = self.scheduler_config.max_num_batched_tokens
+        self._packer = TreePacker(self.device, most, self.scheduler_config.max_num_seqs, self.num_spec_tokens)
+        self._commit = CUDACommit([layer.kv_cache for layer in self._layers], most)
+
+        tree = DraftTree.from_parents([1, 2, 3], [-1, -1, 0])
+        step = StepTrees.build(["warm-up"], {"warm-up": [1, 2, 3]}, {"warm-up": tree})
+        walks = walk_all(step, np.array([2, 0, 0, 0], np.int64))
+        query_start = np.array([0, 4], np.int32)
+        trees = TreeRows.of(step, query_start, np.array([8], np.int32))
+        assert trees is not None
+        packed = self._packer(trees)
+        blocks = torch.zeros((1, 1), dtype=torch.int32, device=self.device)
+        kinds = {(layer.impl.num_heads, layer.impl.head_size): layer for layer in self._layers}
+        for layer in kinds.values():
+            layer.impl.warm_up(layer.kv_cache, packed, blocks, self.dtype)
+        slots = torch.zeros(4, dtype=torch.int64, device=self.device)
+        self._commit(step, walks, query_start, slots)
+
+    def set_trees(self, trees: TreeRows | None) -> None:
+        """See ``LookaheadRunnerMixin.set_trees``."""
+        self._packed = None if trees is None else self._packer(trees)
+        for builder in self._builders:
+            builder.trees = self._packed
+
+    def set_positions(self, trees: TreeRows) -> None:
+        """See ``LookaheadRunnerMixin.set_positions``; after ``set_trees``."""
+        assert self._packed is not None
+        self.positions.index_copy_(0, self._packed.tokens, self._packed.positions)
+
+    def run_branches(self, rows: list[BranchRow], common: CommonAttentionMetadata) -> list[NDArray[np.int32]]:
+        """See ``LookaheadRunnerMixin.run_branches``."""
+        return run_branches(self, rows, common)
+
+    def commit_kv(self, step: StepTrees, walks: Walks) -> None:
+        """See ``LookaheadRunnerMixin.commit_kv``."""
+        slots = self.input_batch.block_table[0].slot_mapping.gpu
+        self._commit(step, walks, self.query_start_loc.np[: step.num_rows + 1], slots)

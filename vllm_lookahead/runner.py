@@ -183,7 +183,7 @@ class LookaheadRunnerMixin(Base):
             return super()._sample(logits, spec_decode_metadata)
         rows = step.num_rows
         needs_argmax = self.drafter.proposer.needs_argmax and len(step.tokens) > 0
-        self._argmax = self.sampler.greedy_sample(logits).cpu().numpy() if needs_argmax else None
+        self._argmax = self.tree_sampler.argmax(logits) if needs_argmax else None
         output, walks = self.tree_sampler(
             logits,
             self.input_batch.sampling_metadata,

@@ -89,10 +89,13 @@ class TreeSampler:
             return self._sample_roots(logits, metadata, step, discard)
         plain = is_plain(metadata)
         if metadata.all_greedy and plain and metadata.max_num_logprobs is None:
-            sampled = self.sampler.greedy_sample(logits).cpu().numpy()
-            walks = walk_all(step, sampled)
+            walks = walk_all(step, self.argmax(logits))
             return _output(walks, None), walks
         return self._walk_by_depth(logits, metadata, step, discard, output_token_ids, plain)
+
+    def argmax(self, logits: torch.Tensor) -> NDArray[np.int64]:
+        """int64 [rows]: the most likely token of each logits row, chosen as vLLM's greedy sampling does."""
+        return self.sampler.greedy_sample(logits.to(torch.float32)).cpu().numpy()
 
     def _sample_roots(
         self, logits: torch.Tensor, metadata: SamplingMetadata, step: StepTrees, discard: NDArray[np.bool_]

@@ -19,6 +19,8 @@ def in_process() -> Iterator[None]:
     """Run engines in this process, and let vLLM keep our request ids: the proposers' randomness comes from them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # it would override kv_cache_memory_bytes
         yield
 
 

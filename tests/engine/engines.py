@@ -63,11 +63,8 @@ def start_engine(model: str, speculative_config: dict[str, Any] | None, **overri
 def stop_engine(llm: LLM) -> None:
     """Free an engine's memory. vLLM's shutdown would also end the process group of the other engines in here."""
     llm.llm_engine.engine_core._finalizer.detach()
-    runner = runner_of(llm)
-    for layer in runner.compilation_config.static_forward_context.values():
-        layer.kv_cache = torch.empty(0)
-    runner.kv_caches.clear()
     llm.__dict__.clear()
+    gc.unfreeze()  # vLLM freezes the heap when it has started
     gc.collect()
 
 

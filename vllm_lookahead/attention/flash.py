@@ -30,8 +30,6 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm_lookahead.attention.packing import PackedTrees
 from vllm_lookahead.attention.triton_tree import HEAD_SIZES, Prefix, tree_attention
 
-BACKEND = "vllm_lookahead.attention.flash.TreeFlashAttentionBackend"
-
 
 @dataclass
 class TreeFlashAttentionMetadata(FlashAttentionMetadata):
@@ -114,11 +112,28 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if trees is not None:
-            prefix = self.attend_prefix(trees.gather(query), kv_cache, trees, attn_metadata.tree_blocks)
+            prefix = self._attend_prefix(trees.gather(query), kv_cache, trees, attn_metadata.tree_blocks)
             tree_attention(query, key, value, trees, self.scale, output, prefix)
         return output
 
-    def attend_prefix(
+    def warm_up(self, kv_cache: torch.Tensor, trees: PackedTrees, blocks: torch.Tensor, dtype: torch.dtype) -> None:
+        """Have everything compiled that a step with tree rows calls.
+
+        Args:
+            kv_cache: the layer's cache.
+            trees: tree rows whose tokens are all of a batch.
+            blocks: int32 [tree rows, blocks], cache blocks that may be read.
+            dtype: the model's.
+        """
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        # as a model makes them: views of one product
+        product = torch.zeros(len(trees.tokens), sum(heads), self.head_size, dtype=dtype, device=kv_cache.device)
+        query, key, value = product.split(heads, dim=1)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        prefix = self._attend_prefix(query, kv_cache, trees, blocks)
+        tree_attention(query, key, value, trees, self.scale, output, prefix)
+
+    def _attend_prefix(
         self, query: torch.Tensor, kv_cache: torch.Tensor, trees: PackedTrees, blocks: torch.Tensor
     ) -> Prefix | None:
         """FlashAttention of the packed queries over what lies before their root; None if nothing does.
@@ -200,10 +215,12 @@ def unsupported_reason(impl: Any, builder: Any, kv_cache: torch.Tensor, dtype: t
         return "FlashAttention 4's kernel for a head size of 256"
     if impl.vllm_flash_attn_version not in (2, 3, 4):
         return f"FlashAttention version {impl.vllm_flash_attn_version}"
-    if impl.dcp_world_size > 1:
-        return "decode context parallelism"
+    if impl.total_cp_world_size > 1:
+        return "context parallelism"
     if builder.rswa_window is not None:
         return "reference sliding-window attention"
+    if getattr(builder.model_config, "is_mm_prefix_lm", False):
+        return "attention in both directions within images"
     if kv_cache.dtype != dtype:
         # the cache's entries would differ from the keys and values that the tree part takes as they are computed
         return f"a KV cache of type {impl.kv_cache_dtype}"
