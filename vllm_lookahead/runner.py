@@ -161,13 +161,18 @@ class LookaheadRunnerMixin(Base):
         self._observe_step_time(scheduler_output)
         self.drafter.finish(scheduler_output.finished_req_ids)
         self.policy.finish(scheduler_output.finished_req_ids)
+        for req_id in scheduler_output.finished_req_ids:
+            self._proposed.pop(req_id, None)
+            self._unverified.pop(req_id, None)
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         step = StepTrees.build(self.input_batch.req_ids, scheduler_output.scheduled_spec_decode_tokens, self._proposed)
         self._step = step
-        self._proposed = {}
+        # a request that the scheduler left out of this step keeps its drafts there, and its tree here
+        scheduled = scheduler_output.num_scheduled_tokens
+        self._proposed = {req_id: tree for req_id, tree in self._proposed.items() if req_id not in scheduled}
         if self.trees_verifiable:
             trees = TreeRows.of(step, self.query_start_loc.np, self.optimistic_seq_lens_cpu.numpy())
             if trees is not None:
