@@ -16,6 +16,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM wants a NUMA node for each rank otherwise
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # collective_rpc sends the functions below to the workers
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,10 +17,13 @@ from .engines import METHODS, Request, run, start_engine, stop_engine
 
 @pytest.fixture(scope="package", autouse=True)
 def in_process() -> Iterator[None]:
-    """Run engines in this process, and let vLLM keep our request ids: the proposers' randomness comes from them."""
+    """Run engines in this process. Count where vLLM makes request ids random: proposers take their randomness from
+    the ids, and a test should do the same in every run.
+    """
+    numbers = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+        patch.setattr("vllm.v1.engine.input_processor.random_uuid", lambda: f"{next(numbers):08x}")
         patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # it would override kv_cache_memory_bytes
         yield
 

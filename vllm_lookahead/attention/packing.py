@@ -131,12 +131,19 @@ class TreePacker:
         parts[6].view(np.int64)[:] = trees.positions
         pack_mask(trees.mask, trees.mask_offsets, trees.offsets, parts[7].view(np.uint32).reshape(packed, words))
         sent = self._buffer.send(total)
-        views = [sent[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        offsets, prefixes, lengths, firsts, row_indices, tokens, positions, mask = (
+            sent[start : start + size] for start, size in zip(starts, sizes, strict=False)
+        )
         first, last = int(trees.tokens[0]), int(trees.tokens[-1])
         return PackedTrees(
-            *views[:4],
-            *(view.view(torch.int64) for view in views[4:7]),
-            views[7].view(packed, words),
+            offsets=offsets,
+            prefixes=prefixes,
+            lengths=lengths,
+            firsts=firsts,
+            rows=row_indices.view(torch.int64),
+            tokens=tokens.view(torch.int64),
+            positions=positions.view(torch.int64),
+            mask=mask.view(packed, words),
             on_host=trees,
             longest=longest,
             longest_prefix=int(trees.prefixes.max()),

@@ -103,6 +103,7 @@ def tree_attention(
         BLOCK_N=WORD_BITS,
         MERGE=prefix is not None,
         STORE_LSE=lse is not None,
+        WIDEN=query.device.type == "cpu",  # Triton's interpreter multiplies matrices of bfloat16 as if of integers
         num_warps=4,
         num_stages=2,
     )
@@ -145,6 +146,7 @@ def tree_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     MERGE: tl.constexpr,
     STORE_LSE: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """One tile: ``BLOCK_M`` pairs of a query and a head of one kv head, over all keys that they can see.
 
@@ -170,6 +172,8 @@ def tree_kernel(  # type: ignore[no-untyped-def]
         mask=real[:, None] & inside[None, :],
         other=0.0,
     )
+    if WIDEN:
+        q = q.to(tl.float32)
     factor = scale * 1.4426950408889634  # exponents of two from here on
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -185,6 +189,8 @@ def tree_kernel(  # type: ignore[no-untyped-def]
             mask=there[None, :] & inside[:, None],
             other=0.0,
         )
+        if WIDEN:
+            k = k.to(tl.float32)
         # rows of the tile that are no queries see one key, so that nothing becomes a NaN
         word = tl.load(mask + (begin + node) * words + start // BLOCK_N, mask=real, other=1)
         sees = (word[:, None] >> tl.arange(0, BLOCK_N)[None, :]) & 1
@@ -199,14 +205,16 @@ def tree_kernel(  # type: ignore[no-untyped-def]
             mask=there[:, None] & inside[None, :],
             other=0.0,
         )
-        sums = sums * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        rounded = weights.to(v.dtype)
+        if WIDEN:
+            rounded, v = rounded.to(tl.float32), v.to(tl.float32)
+        sums = sums * shrink[:, None] + tl.dot(rounded, v, input_precision="ieee")
         top = new_top
 
     packed = (begin + node).to(tl.int64)
     if MERGE:
         # whatever a backend says about an empty prefix (-inf, +inf or nothing) must not be looked at
-        has_prefix = tl.load(prefixes + row) > 0
-        read = real & has_prefix
+        read = node < tl.where(tl.load(prefixes + row) > 0, length, 0)
         before = tl.load(
             prefix_lse + head * prefix_lse_head + packed * prefix_lse_token, mask=read, other=float("-inf")
         )

@@ -142,7 +142,10 @@ def tokens_per_step(
     out: Out = Path("out/bench-tokens-per-step.json"),
 ) -> None:
     """Lookahead alone, prompt lookup alone and both, with a fixed node budget: tokens per step, greedy and sampled."""
-    from vllm_lookahead.bench.comparison import compare, progress, tokens_per_step_methods, with_temperature
+    from dataclasses import replace
+
+    from vllm_lookahead.bench.comparison import compare, progress
+    from vllm_lookahead.bench.methods import tokens_per_step_methods
     from vllm_lookahead.bench.results import Load
 
     console, setting = _begin()
@@ -156,7 +159,7 @@ def tokens_per_step(
             ignore_eos=not stop_at_eos,
             seed=seed,
         )
-        loads = [with_temperature(load, value) for value in _floats(temperature, "--temperature")]
+        loads = [replace(load, temperature=value) for value in _floats(temperature, "--temperature")]
         methods = tokens_per_step_methods(max_draft_tokens, _json(options, "--options"))
         with progress(console) as say:
             settings = _settings(model, dtype, eager, engine, threads, logs)
@@ -233,7 +236,8 @@ def branch(
     out: Out = Path("out/bench-branch.json"),
 ) -> None:
     """Lookahead's branch fused, separate, and only in every k-th step: what each costs and brings."""
-    from vllm_lookahead.bench.comparison import branch_methods, compare, progress
+    from vllm_lookahead.bench.comparison import compare, progress
+    from vllm_lookahead.bench.methods import branch_methods
     from vllm_lookahead.bench.results import Load
 
     console, setting = _begin()
@@ -370,6 +374,9 @@ def _tables(kind: str, comparison: Comparison) -> Iterator[Table]:
         return
     for results in comparison.results:
         yield tables.speed(results)
+        best = tables.against_best_stock(results, comparison.methods)
+        if best is not None:
+            yield best
         split = tables.time_split(results)
         if split is not None:
             yield split

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +16,6 @@ from vllm_lookahead.bench.methods import Method
 from vllm_lookahead.bench.prompts import read_prompts
 from vllm_lookahead.bench.results import Load, Results
 from vllm_lookahead.bench.worker import EngineFailedError, EngineSettings, Say, engines, silent
-from vllm_lookahead.config import LookaheadConfig
 
 
 @dataclass(frozen=True)
@@ -94,51 +93,3 @@ def progress(console: Console) -> Iterator[Say]:
         last = what
 
     yield say
-
-
-def with_fixed_budget(settings: dict[str, Any]) -> dict[str, Any]:
-    """One of our speculative configs, verifying in every step as many nodes as its tree can have."""
-    options = {key: value for key, value in settings.items() if key != "method"}
-    return {**settings, "budget": LookaheadConfig.parse(settings["method"], options).num_speculative_tokens}
-
-
-# ---- the comparisons that issue a fixed question
-
-
-def tokens_per_step_methods(max_draft_tokens: int, options: dict[str, Any]) -> list[Method]:
-    """Lookahead alone, prompt lookup alone, both: all with the same number of guesses.
-
-    Args:
-        max_draft_tokens: guesses per step.
-        options: of lookahead (window_size, ngram_size, ...).
-    """
-    ours = {"method": "lookahead", **options, "max_draft_tokens": max_draft_tokens}
-    lookup = {"method": "prompt_lookup", "max_draft_tokens": max_draft_tokens}
-    return [
-        Method("stock", None, plugin=False),
-        Method("prompt lookup alone", with_fixed_budget(lookup), plugin=True),
-        Method("lookahead alone", with_fixed_budget({**ours, "prompt_lookup": False}), plugin=True),
-        Method("both", with_fixed_budget({**ours, "prompt_lookup": True}), plugin=True),
-    ]
-
-
-def branch_methods(every: Sequence[int], options: dict[str, Any], *, fixed: bool) -> list[Method]:
-    """Lookahead with its branch fused and separate, in every step and in every k-th.
-
-    Args:
-        every: the k's.
-        options: of lookahead.
-        fixed: verify and evaluate whatever there is, so that all do the same; else the budget controller decides.
-    """
-    methods = [Method("stock", None, plugin=False)]
-    for where in ("fused", "separate"):
-        for k in every:
-            config = {"method": "lookahead", **options, "branch": where, "branch_every": k}
-            name = where if k == 1 else f"{where}, every {k}"
-            methods.append(Method(name, with_fixed_budget(config) if fixed else config, plugin=True))
-    return methods
-
-
-def with_temperature(load: Load, temperature: float) -> Load:
-    """The same load at another temperature."""
-    return replace(load, temperature=temperature)

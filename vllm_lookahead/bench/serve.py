@@ -229,9 +229,9 @@ async def _send(client: Any, model: str, prompts: Sequence[Prompt], rate: float,
     rng = random.Random(traffic.seed)
     tasks = []
     for i in range(traffic.requests):
-        tasks.append(asyncio.create_task(_ask(client, model, prompts[i % len(prompts)], traffic, i)))
-        if rate:
+        if rate and i:
             await asyncio.sleep(rng.expovariate(rate))
+        tasks.append(asyncio.create_task(_ask(client, model, prompts[i % len(prompts)], traffic, i)))
     return list(await asyncio.gather(*tasks))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from vllm_lookahead.bench.results import Results, Summary
-from vllm_lookahead.bench.stats import Spread
+from vllm_lookahead.bench.stats import Spread, ratios
 from vllm_lookahead.bench.watch import PARTS, REST
 
 PART_NAMES = {"forward": "forward", "sample": "sample, walk", "commit": "KV commit", "propose": "propose", REST: "rest"}
@@ -37,7 +38,8 @@ class Table:
 
     def show(self, console: Console) -> None:
         """Print it."""
-        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        console.print(self.title, style="bold", markup=False, highlight=False, soft_wrap=True)
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
         for i, heading in enumerate(self.headings):
             table.add_column(heading, justify="left" if i < self.left else "right", no_wrap=True)
         for row in self.rows:
@@ -68,11 +70,11 @@ def by_batch(table: Table, results: Results, cells: Callable[[Summary], list[str
     return table
 
 
-def speed(results: Results, title: str | None = None) -> Table:
+def speed(results: Results) -> Table:
     """Throughput, ratio to the baseline, tokens per step, latency, and whether outputs are identical."""
     load, baseline = results.load, results.baseline
     table = Table(
-        title or f"speed: {describe(results)}",
+        f"speed; {describe(results)}",
         [
             *("batch", "method", "tokens/s", "ratio", "tokens/step", "nodes/step", "ms/step"),
             *("ITL p50", "p99, ms", "identical"),
@@ -100,6 +102,37 @@ def speed(results: Results, title: str | None = None) -> Table:
         *identity_notes(results),
     ]
     return by_batch(table, results, cells)
+
+
+def against_best_stock(results: Results, methods: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    """Our methods against the best of vLLM's own speculative methods at each batch size; None if there are not both.
+
+    Args:
+        results: the measurements.
+        methods: ``worker.Engines.about``'s entries.
+    """
+    speculative = [name for name in results.methods if methods[name]["speculative_config"]]
+    ours = [name for name in speculative if methods[name]["plugin"]]
+    stock = [name for name in speculative if not methods[name]["plugin"]]
+    if not ours or not stock:
+        return None
+    table = Table(
+        "against the best of vLLM's own speculative methods",
+        ["batch", "method", "best of vLLM's", "ratio"],
+        left=3,
+        notes=["the best: the highest median of tokens/s; ratios are taken round by round"],
+    )
+    for batch in results.batches:
+        rates = {name: {m.round: m.tokens_per_second for m in results.of(name, batch)} for name in speculative}
+        rates = {name: rounds for name, rounds in rates.items() if rounds}
+        found = [name for name in stock if name in rates]
+        if not found:
+            continue
+        best = max(found, key=lambda name: Spread.of(list(rates[name].values())).median)
+        for at, name in enumerate(name for name in ours if name in rates):
+            ratio = Spread.of(ratios(rates[name], rates[best])).show(".3f")
+            table.rows.append([str(batch) if at == 0 else "", name, best, ratio])
+    return table
 
 
 def agreement(line: Summary) -> str:
@@ -153,7 +186,7 @@ def tokens_per_step(loads: Sequence[Results]) -> Table:
     """Tokens per step of several methods under several loads (temperatures)."""
     load = loads[0].load
     table = Table(
-        f"tokens per step: prompts: {load.prompts}, {load.max_tokens} tokens",
+        f"tokens per step; prompts: {Path(load.prompts).name}, {load.max_tokens} tokens",
         ["decoding", "method", "tokens/step", "nodes/step", "ms/step", "identical"],
         notes=[f"{load.per_round} prompts in each of {load.rounds} rounds, batch {load.batches[0]}; node budget fixed"],
     )
@@ -196,7 +229,7 @@ def describe(results: Results) -> str:
     load = results.load
     how = "greedy" if not load.temperature else f"temperature {load.temperature:g}, seeded"
     length = f"{load.max_tokens} tokens" + ("" if load.ignore_eos else " at most")
-    return f"prompts: {load.prompts}, {length}, {how}"
+    return f"prompts: {Path(load.prompts).name}, {length}, {how}"
 
 
 def left_out(methods: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

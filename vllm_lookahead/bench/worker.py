@@ -147,6 +147,7 @@ class Engines:
         return {
             method.name: {
                 "speculative_config": method.speculative_config,
+                "plugin": method.plugin,
                 "start_seconds": self.starts.get(method.name, []),
                 "failed": self.failed.get(method.name),
                 "engine": self.workers[method.name].info if method.name in self.workers else None,

@@ -1,0 +1,228 @@
+"""What the CUDA kernels have to compute, in float64: random ragged batches of trees, and checks against them.
+
+The unit tests run these checks under TRITON_INTERPRET=1 on the CPU, ``gpu_kernels.py`` on the GPU itself. No vLLM here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from proposers import DraftTree
+from vllm_lookahead.attention.packing import PackedTrees, TreePacker
+from vllm_lookahead.attention.triton_tree import Prefix, tree_attention
+from vllm_lookahead.cuda_commit import CUDACommit
+from vllm_lookahead.step import StepTrees, walk_all
+from vllm_lookahead.tree_rows import TreeRows
+
+ROOT = -1
+UNTOUCHED = 7.0
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Of outputs, whose values are about 1: a few units in the last place."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_SIZES = (64, 80, 96, 128, 256)
+GROUPS = ((2, 2), (4, 2), (8, 2), (7, 1), (12, 2))
+"""Heads and kv heads: 1, 2, 4, 7 and 6 query heads share a kv head."""
+
+
+class Batch(NamedTuple):
+    """A random step.
+
+    Attributes:
+        step: trees, chains and rows without drafts.
+        query_start: int32 [rows + 1].
+        prefixes: int64 [rows], tokens before each root, of which the last ``before`` are computed in this step.
+        trees: the tree rows.
+    """
+
+    step: StepTrees
+    query_start: np.ndarray
+    prefixes: np.ndarray
+    trees: TreeRows
+
+
+def random_tree(rng: np.random.Generator, nodes: int) -> DraftTree:
+    """A tree of at least two nodes with at least one branch; few tokens, so that walks go deep."""
+    parents = [ROOT, ROOT, *(int(rng.integers(max(ROOT, node - 6), node)) for node in range(2, nodes))]
+    return DraftTree.from_parents(rng.integers(0, 2, nodes), parents)
+
+
+def random_batch(
+    rng: np.random.Generator, rows: int, most_nodes: int, *, mixed: bool = True, most_prefix: int = 70
+) -> Batch:
+    """Rows with trees of any size; ``mixed``: between rows of a chain, a prompt, or a single token."""
+    proposed, lengths = {}, np.ones(rows, np.int64)
+    tree_row = int(rng.integers(rows))
+    for row in range(rows):
+        kind = rng.integers(4) if mixed and row != tree_row else 0
+        if kind < 2:
+            tree = random_tree(rng, int(rng.integers(2, most_nodes + 1)))
+            proposed[str(row)] = tree
+            lengths[row] += len(tree)
+        elif kind == 2:
+            lengths[row] = rng.integers(1, 9)
+    # a row may also compute tokens before its root
+    before = np.where(rng.random(rows) < 0.2, 3, 0) if mixed else np.zeros(rows, np.int64)
+    prefixes = before + rng.integers(0, most_prefix, rows)
+    step = StepTrees.build(
+        [str(row) for row in range(rows)], {key: tree.token_ids.tolist() for key, tree in proposed.items()}, proposed
+    )
+    query_start = np.concatenate(([0], np.cumsum(before + lengths))).astype(np.int32)
+    trees = TreeRows.of(step, query_start, (prefixes + lengths).astype(np.int32))
+    assert trees is not None
+    return Batch(step, query_start, prefixes, trees)
+
+
+def pack(trees: TreeRows, device: torch.device) -> PackedTrees:
+    """The tree rows on a device."""
+    return TreePacker(device, len(trees.tokens), len(trees.rows), int(trees.lengths.max()))(trees)
+
+
+def random_qkv(
+    generator: torch.Generator, tokens: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values as a model makes them: views of one product."""
+    size = [heads, kv_heads, kv_heads]
+    product = torch.randn(tokens, sum(size), head_size, generator=generator).to(dtype)
+    return product.split(size, dim=1)  # type: ignore[return-value]
+
+
+def dense(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sees: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masked attention in float64.
+
+    Args:
+        query: [queries, heads, head_size].
+        key: [keys, kv_heads, head_size].
+        value: [keys, kv_heads, head_size].
+        sees: bool [queries, keys].
+        scale: factor of the scores.
+
+    Returns:
+        [queries, heads, head_size], and the log-sum-exp [heads, queries].
+    """
+    per_kv = query.shape[1] // key.shape[1]
+    k, v = (part.double().repeat_interleave(per_kv, 1) for part in (key, value))
+    scores = torch.einsum("ihd,jhd->hij", query.double(), k) * scale
+    scores = scores.masked_fill(~sees, -torch.inf)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1).nan_to_num(), v), scores.logsumexp(-1)
+
+
+def tree_mask(trees: TreeRows, row: int) -> torch.Tensor:
+    """bool [length, length]: what the row's tokens see of each other."""
+    length = int(trees.lengths[row])
+    return torch.from_numpy(trees.mask[trees.mask_offsets[row] : trees.mask_offsets[row + 1]].reshape(length, length))
+
+
+def check_tree(
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    rows: int = 3,
+    nodes: int = 40,
+) -> None:
+    """The kernel without a prefix: output, log-sum-exp, and nothing written that isn't a tree row's."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    batch = random_batch(rng, rows, nodes)
+    trees, total, scale = batch.trees, int(batch.query_start[-1]), head_size**-0.5
+    query, key, value = random_qkv(generator, total + 3, heads, kv_heads, head_size, dtype)
+    output = torch.full((total + 3, heads, head_size), UNTOUCHED, dtype=dtype, device=device)
+    lse = torch.empty(heads, len(trees.tokens), device=device)
+    on_device = (part.to(device) for part in (query, key, value))
+    tree_attention(*on_device, pack(trees, torch.device(device)), scale, output, lse=lse)
+    output, lse = output.cpu(), lse.cpu()
+    for row in range(len(trees.rows)):
+        packed = slice(int(trees.offsets[row]), int(trees.offsets[row + 1]))
+        tokens = torch.from_numpy(trees.tokens[packed])
+        expected, expected_lse = dense(query[tokens], key[tokens], value[tokens], tree_mask(trees, row), scale)
+        assert_close(output[tokens], expected, TOLERANCE[dtype], "output")
+        # scores are float32 whatever the type
+        assert_close(lse[:, packed], expected_lse, 1e-5, "log-sum-exp")
+    others = np.setdiff1d(np.arange(total + 3), trees.tokens)
+    assert bool((output[others] == UNTOUCHED).all()), "another row's output was written"
+
+
+def check_merge(
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    rows: int = 3,
+    nodes: int = 40,
+) -> None:
+    """A prefix's part handed in, as FlashAttention gives it, makes the output attention over prefix and tree."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    batch = random_batch(rng, rows, nodes)
+    batch.trees.prefixes[0] = 0  # what FlashAttention says about nothing: nobody knows
+    trees, total, scale = batch.trees, int(batch.query_start[-1]), head_size**-0.5
+    query, key, value = random_qkv(generator, total, heads, kv_heads, head_size, dtype)
+    partial = torch.full((len(trees.tokens), heads, head_size), torch.nan, dtype=dtype)
+    lse = torch.full((heads, len(trees.tokens)), (torch.inf, -torch.inf, torch.nan)[seed % 3])
+    expected = []
+    for row, prefix in enumerate(trees.prefixes.tolist()):
+        packed = slice(int(trees.offsets[row]), int(trees.offsets[row + 1]))
+        tokens = torch.from_numpy(trees.tokens[packed])
+        before = random_qkv(generator, prefix, heads, kv_heads, head_size, dtype)[1:]
+        everything = torch.ones(len(tokens), prefix, dtype=torch.bool)
+        if prefix:
+            part, part_lse = dense(query[tokens], *before, everything, scale)
+            partial[packed], lse[:, packed] = part.to(dtype), part_lse.float()
+        keys, values = torch.cat((before[0], key[tokens])), torch.cat((before[1], value[tokens]))
+        expected.append(
+            (tokens, dense(query[tokens], keys, values, torch.cat((everything, tree_mask(trees, row)), 1), scale))
+        )
+    output = torch.full((total, heads, head_size), UNTOUCHED, dtype=dtype, device=device)
+    merged_lse = torch.empty(heads, len(trees.tokens), device=device)
+    on_device = (part.to(device) for part in (query, key, value))
+    prefix_part = Prefix(partial.to(device), lse.to(device))
+    tree_attention(*on_device, pack(trees, torch.device(device)), scale, output, prefix_part, merged_lse)
+    for row, (tokens, (part, part_lse)) in enumerate(expected):
+        assert_close(output.cpu()[tokens], part, TOLERANCE[dtype], "output")
+        packed = slice(int(trees.offsets[row]), int(trees.offsets[row + 1]))
+        assert_close(merged_lse.cpu()[:, packed], part_lse, 1e-5, "log-sum-exp")
+
+
+def check_commit(
+    seed: int, device: str, dtype: torch.dtype, *, slots_first: bool, rows: int = 4, nodes: int = 24
+) -> int:
+    """The commit kernel next to a plain copy of every accepted entry. Returns how many entries moved."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    batch = random_batch(rng, rows, nodes)
+    step, query_start = batch.step, batch.query_start
+    walks = walk_all(step, rng.integers(0, 2, len(step.tokens) + rows))
+    block_size, heads, head_size, blocks = 16, 2, 32, -(-int(query_start[-1]) // 16) + 2
+    shape = (blocks, block_size, heads) if slots_first else (blocks, heads, block_size)
+    layers = []
+    for _ in range(3):
+        cache = torch.randn(*shape, 2 * head_size, generator=generator).to(dtype)
+        layers.append(cache.to(device).transpose(1, 2) if slots_first else cache.to(device))
+    # every token has a slot of its own, anywhere
+    slots = torch.from_numpy(rng.permutation(blocks * block_size)[: query_start[-1]].copy())
+    expected = [cache.cpu().clone() for cache in layers]
+    moved = 0
+    for row in np.flatnonzero(step.branched):
+        first = int(query_start[row + 1]) - step.num_nodes(int(row))
+        for depth, node in enumerate(walks.path(int(row)).tolist()):
+            (b, i), (to_b, to_i) = (divmod(int(slots[first + n]), block_size) for n in (node, depth))
+            moved += node != depth
+            for before, after in zip(layers, expected, strict=True):
+                after[to_b, :, to_i] = before[b, :, i].cpu()
+    CUDACommit(layers, int(query_start[-1]))(step, walks, query_start, slots.to(device))
+    for after, cache in zip(expected, layers, strict=True):
+        assert torch.equal(cache.cpu().view(torch.uint8), after.view(torch.uint8)), "an entry is not where it belongs"
+    return moved
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
+    """Largest difference at most ``tolerance``, or that much of the expected value."""
+    worst = ((got.double() - expected).abs() / expected.abs().clamp(min=1.0)).max().item()
+    assert worst <= tolerance, f"{what} is off by {worst:.2e}, more than {tolerance:.0e}"

@@ -1,0 +1,96 @@
+"""Models whose attention can't verify trees get chains, the others trees; the output is stock vLLM's either way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+from .cases import either
+from .engines import METHODS, Request, TreeSpy, assert_same, engine, run, runner_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+FAMILIES: dict[str, tuple[PretrainedConfig, dict[str, Any], str | None]] = {
+    "Qwen2": (Qwen2Config(**SIZES), {}, None),
+    "GPT-2: learned positions": (
+        GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=2, n_positions=512, bos_token_id=0, eos_token_id=1),
+        {},
+        None,
+    ),
+    "Mistral: sliding window": (MistralConfig(**SIZES, sliding_window=48), {}, "sliding-window attention"),
+    "Gemma 2: soft-capped scores": (
+        Gemma2Config(**SIZES, head_dim=32, sliding_window=48, query_pre_attn_scalar=32),
+        {},
+        "soft-capped|sliding-window|different kinds",
+    ),
+    "Bloom: ALiBi": (
+        BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1),
+        {"max_model_len": 512},
+        "ALiBi",
+    ),
+    "float16": (Qwen2Config(**SIZES), {"dtype": "float16"}, "float16"),
+}
+"""A config, engine arguments, and why the family can't verify trees (None: it can)."""
+
+
+def requests() -> list[Request]:
+    """Repetitive prompts of random tokens: a random model falls into loops, which prompt lookup finds."""
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(16):
+        piece = rng.integers(2, 300, 8 + i).tolist()
+        found.append(Request(tuple(piece * 5), either(i, max_tokens=48, ignore_eos=True, detokenize=False)))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_family(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, arguments, reason = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)  # outputs that depend on the input
+    model.save_pretrained(tmp_path)
+    settings = {"skip_tokenizer_init": True, "structured_outputs_config": None, **arguments}
+    with engine(str(tmp_path), None, **settings) as stock:
+        expected = run(stock, requests())
+    caplog.clear()
+    with engine(str(tmp_path), METHODS["lookahead"], **settings) as ours, TreeSpy.on(ours) as spy:
+        got = run(ours, requests(), in_flight=8, seed=18)
+        verifiable = runner_of(ours).trees_verifiable
+    assert_same(expected, got, [f"request {i}" for i in range(len(got))])
+    assert spy.drafts_accepted >= 20
+    assert verifiable == (reason is None)
+    warnings = [record.getMessage() for record in caplog.records if "falls back to draft chains" in record.getMessage()]
+    if reason is None:
+        assert spy.accepted >= 5
+        assert not warnings
+    else:
+        assert spy.verified == 0
+        assert len(warnings) == 1, "one line at start-up"
+        assert any(part in warnings[0] for part in reason.split("|")), warnings
