@@ -38,7 +38,7 @@ OURS: dict[str, dict[str, Any]] = {
         "num_speculative_tokens": 28,
         "budget": 28,
     },
-    "lookahead, separate branch": {
+    "lookahead-separate": {
         "method": "lookahead",
         "window_size": 5,
         "ngram_size": 4,
@@ -55,18 +55,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--prompts", type=int, default=0, help="default: all on a GPU, 6 on the CPU")
-    parser.add_argument("--max-tokens", type=int, default=0, help="default: 96 on a GPU, 12 on the CPU")
-    parser.add_argument("--engines", default=",".join(["prompt_lookup", "lookahead", "lookahead, separate branch"][:2]))
+    parser.add_argument("--prompts", type=int, default=0, help="default: 24 on a GPU, 2 on the CPU")
+    parser.add_argument("--max-tokens", type=int, default=0, help="default: 64 on a GPU, 10 on the CPU")
+    parser.add_argument("--engines", default=",".join(OURS))
     parser.add_argument("--one", nargs=2, metavar=("ENGINE", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.prompts = options.prompts or (6 if options.cpu else 1000)
-    options.max_tokens = options.max_tokens or (12 if options.cpu else 96)
+    options.prompts = options.prompts or (2 if options.cpu else 24)
+    options.max_tokens = options.max_tokens or (10 if options.cpu else 64)
     if options.one:
         prepare(options.cpu)
         options.out.write_text(json.dumps(run_engine(*options.one, options)))
         return 0
-    ours = [name.strip() for name in options.engines.split(";" if ";" in options.engines else ",")]
+    ours = options.engines.split(",")
     results = on_cpu(options, ours) if options.cpu else on_gpu(options, ours)
     options.out.write_text(json.dumps({"kind": "exactness", "cpu": options.cpu, "results": results}, indent=1) + "\n")
     for result in results:

@@ -155,6 +155,10 @@ def test_method_errors(values: list[str], message: str) -> None:
         methods.parse(values)
 
 
+def test_suffix_does_not_know_the_answers() -> None:
+    assert methods.STOCK["suffix"] == {"method": "suffix", "suffix_decoding_max_cached_requests": 0}
+
+
 def test_suffix_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Any] = [None]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: found[0])
