@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh OUT [PART...]          on a GPU; without PARTs all of them, as far as the time goes
 #   benchmarks/gpu.sh --cpu OUT [PART...]    the same programs, tiny, on a machine without a GPU: do they run?
 #
-# PARTs: kernels, exactness, 8b, 1b, demo, 32b, sync. Each leaves a JSON file and a log in the folder OUT, and a line
-# in OUT/status.jsonl; if one fails the others still run, and the status is 1 at the end, as it is if one is left out
+# PARTs: kernels, exactness, 8b, 1b, demo, 32b, sync. Each leaves a JSON file and a log in the folder OUT (all of them
+# are in all.tar.gz at the end), and a line in OUT/status.jsonl; if one fails the others still run, and the status is 1 at the end, as it is if one is left out
 # for lack of time. PYTHON names the interpreter, SECONDS_LEFT the time for all of them (default: 530).
 set -uo pipefail
 
@@ -89,4 +89,5 @@ for part in $parts; do
         ;;
     esac
 done
+tar -C "$out" -czf "$out/all.tar.gz" --exclude=all.tar.gz . # one file to carry home
 exit $failed

@@ -22,6 +22,9 @@ UNTOUCHED = 7.0
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of outputs, whose values are about 1: a few units in the last place."""
 
+LSE_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-4}
+"""Scores are float32 whatever the type; a GPU's exponentials are approximations."""
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (64, 80, 96, 128, 256)
 GROUPS = ((2, 2), (4, 2), (8, 2), (7, 1), (12, 2))
@@ -143,8 +146,7 @@ def check_tree(
         tokens = torch.from_numpy(trees.tokens[packed])
         expected, expected_lse = dense(query[tokens], key[tokens], value[tokens], tree_mask(trees, row), scale)
         assert_close(output[tokens], expected, TOLERANCE[dtype], "output")
-        # scores are float32 whatever the type
-        assert_close(lse[:, packed], expected_lse, 1e-5, "log-sum-exp")
+        assert_close(lse[:, packed], expected_lse, LSE_TOLERANCE[device], "log-sum-exp")
     others = np.setdiff1d(np.arange(total + 3), trees.tokens)
     assert bool((output[others] == UNTOUCHED).all()), "another row's output was written"
 
@@ -188,7 +190,7 @@ def check_merge(
     for row, (tokens, (part, part_lse)) in enumerate(expected):
         assert_close(output.cpu()[tokens], part, TOLERANCE[dtype], "output")
         packed = slice(int(trees.offsets[row]), int(trees.offsets[row + 1]))
-        assert_close(merged_lse.cpu()[:, packed], part_lse, 1e-5, "log-sum-exp")
+        assert_close(merged_lse.cpu()[:, packed], part_lse, LSE_TOLERANCE[device], "log-sum-exp")
 
 
 def check_commit(

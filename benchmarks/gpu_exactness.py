@@ -25,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "vllm_lookahead" / "demo" / "model"
 BATCH = 16
+SECONDS = 240
+"""Engines that take longer are given up."""
 GAPS = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 """Log-probability gaps up to which a difference can be rounding: a few units in the last place of a logit near 20."""
 
@@ -114,8 +116,12 @@ def on_gpu(options: argparse.Namespace, ours: list[str]) -> list[dict[str, Any]]
                 with log.open("w") as stream:
                     process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
                 jobs[name, dtype] = (process, out, log)
+        deadline = time.monotonic() + SECONDS
         for process, _, _ in jobs.values():
-            process.wait()
+            try:
+                process.wait(max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
         for (name, dtype), (_, out, log) in jobs.items():
             stock = jobs["stock", dtype][1]
             if name == "stock":
@@ -167,7 +173,8 @@ def run_engine(name: str, dtype: str, options: argparse.Namespace) -> dict[str, 
         if name != "stock":
             answer["trees"] = {key: value for key, value in vars(spy).items() if isinstance(value, int)}
     answer["seconds"] = time.perf_counter() - begin
-    stop_engine(llm)
+    if options.cpu:
+        stop_engine(llm)  # the next one runs in this process
     return answer
 
 

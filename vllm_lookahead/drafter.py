@@ -37,6 +37,13 @@ class Drafter:
     def load_model(self, target_model: nn.Module) -> None:
         """Nothing to load: part of vLLM's interface for drafters."""
 
+    def warm_up(self) -> None:
+        """Let the proposer compile what its first request would wait for. If it fails, requests will tell."""
+        try:
+            self.proposer.warm_up()
+        except Exception:
+            self._log_error()
+
     def __len__(self) -> int:
         """How many requests have state here."""
         return len(self._requests)

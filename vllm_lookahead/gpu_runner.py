@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 TREES_VARIABLE = "VLLM_LOOKAHEAD_CUDA_TREES"
 """Has to be 1 for trees on CUDA: nobody has seen them on a GPU yet."""
 
+MOST_LOGITS = 4096
+"""Most tokens of a step with drafts: each has its logits, and those of 4096 take 1 GiB for a vocabulary of 128k."""
+
 
 def trees_are_off() -> str | None:
     """Why no layer of this process gets tree attention, whatever the model; None if they may."""
@@ -43,6 +46,17 @@ class LookaheadGPURunner(LookaheadRunnerMixin, GPUModelRunner):
             # request, for which full graphs are captured, as without speculation.
             self.uniform_decode_query_len = 1
             self.cudagraph_dispatcher.uniform_decode_query_len = 1
+
+    def _node_limit(self, num_rows: int) -> int:
+        return min(super()._node_limit(num_rows), max(0, MOST_LOGITS // num_rows - 1))
+
+    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """As vLLM's; then with as many logits as drafts can ask for, so that the KV cache leaves room for them."""
+        result = super()._dummy_sampler_run(hidden_states)
+        most = min(MOST_LOGITS, self.max_num_tokens, self.max_num_reqs * (1 + self.num_spec_tokens))
+        with torch.inference_mode():
+            self.tree_sampler.argmax(self.model.compute_logits(torch.rand_like(hidden_states[:1]).repeat(most, 1)))
+        return result
 
     def tree_support(self) -> str | None:
         """See ``LookaheadRunnerMixin.tree_support``."""
@@ -86,7 +100,9 @@ class LookaheadGPURunner(LookaheadRunnerMixin, GPUModelRunner):
         assert trees is not None
         packed = self._packer(trees)
         blocks = torch.zeros((1, 1), dtype=torch.int32, device=self.device)
-        kinds = {(layer.impl.num_heads, layer.impl.head_size): layer for layer in self._layers}
+        kinds: dict[tuple[int, ...], Any] = {}
+        for layer in self._layers:
+            kinds.setdefault((layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size), layer)
         for layer in kinds.values():
             layer.impl.warm_up(layer.kv_cache, packed, blocks, self.dtype)
         slots = torch.zeros(4, dtype=torch.int64, device=self.device)
@@ -104,8 +120,18 @@ class LookaheadGPURunner(LookaheadRunnerMixin, GPUModelRunner):
         self.positions.index_copy_(0, self._packed.tokens, self._packed.positions)
 
     def run_branches(self, rows: list[BranchRow], common: CommonAttentionMetadata) -> list[NDArray[np.int32]]:
-        """See ``LookaheadRunnerMixin.run_branches``."""
-        return run_branches(self, rows, common)
+        """See ``LookaheadRunnerMixin.run_branches``: in as many passes as the memory for a step's tokens asks for."""
+        most = min(MOST_LOGITS, self.max_num_tokens)
+        found: list[NDArray[np.int32]] = []
+        group: list[BranchRow] = []
+        tokens = 0
+        for row in rows:
+            tokens += len(row.comb) + 1
+            if group and tokens > most:
+                found += run_branches(self, group, common)
+                group, tokens = [], len(row.comb) + 1
+            group.append(row)
+        return found + run_branches(self, group, common)
 
     def commit_kv(self, step: StepTrees, walks: Walks) -> None:
         """See ``LookaheadRunnerMixin.commit_kv``."""

@@ -19,8 +19,17 @@ CONTRACT: tuple[Function | Attributes, ...] = (
     Function("vllm.v1.worker.gpu_worker:Worker.load_model", ()),
     Attributes(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
-        ("cudagraph_dispatcher", "device", "dtype", "uniform_decode_query_len", "uses_mrope"),
+        (
+            "cudagraph_dispatcher",
+            "device",
+            "dtype",
+            "max_num_reqs",
+            "max_num_tokens",
+            "uniform_decode_query_len",
+            "uses_mrope",
+        ),
     ),
+    Function("vllm.v1.worker.gpu_model_runner:GPUModelRunner._dummy_sampler_run", ("hidden_states",), exactly=True),
     Attributes("vllm.v1.cudagraph_dispatcher:CudagraphDispatcher", ("uniform_decode_query_len",)),
     Attributes("vllm.v1.worker.block_table:BlockTable", ("slot_mapping",)),
     Attributes(

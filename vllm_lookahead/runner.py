@@ -108,7 +108,7 @@ class LookaheadRunnerMixin(Base):
 
     def prepare_drafting(self) -> None:
         """Compile what the first request would wait for, and measure what a step costs. Every rank calls it."""
-        self.drafter.proposer.warm_up()
+        self.drafter.warm_up()
         if self.trees_verifiable:
             self.warm_up_trees()
         budget = self.drafter.config.budget

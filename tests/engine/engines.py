@@ -15,14 +15,14 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
 METHODS: dict[str, dict[str, Any]] = {
-    "prompt_lookup": {"method": "prompt_lookup", "num_speculative_tokens": 28, "budget": 28},
+    "prompt_lookup": {"method": "prompt_lookup", "num_speculative_tokens": 16, "budget": 16},
     "lookahead": {
         "method": "lookahead",
-        "window_size": 5,
+        "window_size": 3,
         "ngram_size": 4,
-        "guess_set_size": 5,
-        "num_speculative_tokens": 28,
-        "budget": 28,
+        "guess_set_size": 4,
+        "num_speculative_tokens": 20,
+        "budget": 20,
     },
 }
 """Speculative configs under test. The node budget is a number, not "auto": what a test drafts must not depend on how

@@ -9,22 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_lookahead import gpu_worker, plugin
+from proposers import DraftTree
+from vllm_lookahead import gpu_runner, gpu_worker, plugin
+from vllm_lookahead.branch import BranchRow
 from vllm_lookahead.contract import check_contract
 from vllm_lookahead.gpu_runner import TREES_VARIABLE, LookaheadGPURunner, trees_are_off
 from vllm_lookahead.runner import LookaheadRunnerMixin
 
 CUDA_ONLY = ("attention.flash", "attention.packing", "attention.triton_tree", "cuda_commit", "gpu_runner", "gpu_worker")
-
-
-@pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TREES_VARIABLE, "1")
 
 
 @pytest.fixture
@@ -128,3 +126,44 @@ def test_full_graphs_are_for_steps_without_drafts(setting: str, length: int, mon
     runner = LookaheadGPURunner(None, None)  # type: ignore[arg-type]
     assert runner.uniform_decode_query_len == length
     assert runner.cudagraph_dispatcher.uniform_decode_query_len == length
+
+
+def test_memory_is_set_aside_for_the_logits_of_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    runner = object.__new__(LookaheadGPURunner)
+    monkeypatch.setattr(GPUModelRunner, "_dummy_sampler_run", lambda self, hidden_states: hidden_states)
+    vars(runner).update(
+        max_num_tokens=8192,
+        max_num_reqs=16,
+        num_spec_tokens=64,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
+        model=SimpleNamespace(compute_logits=lambda hidden: hidden),
+        tree_sampler=SimpleNamespace(argmax=lambda logits: sizes.append(logits.shape)),
+    )
+    hidden = torch.zeros(3, 8)
+    assert runner._dummy_sampler_run(hidden) is hidden
+    runner.max_num_reqs = 256
+    runner._dummy_sampler_run(hidden)
+    assert sizes == [(16 * 65, 8), (gpu_runner.MOST_LOGITS, 8)]
+    for rows in (1, 16, 100, 256, 5000):
+        limit = runner._node_limit(rows)
+        assert 0 <= limit <= 64
+        assert rows * (1 + limit) <= max(rows, gpu_runner.MOST_LOGITS)
+    assert runner._node_limit(16) == 64
+
+
+def test_branches_run_in_passes_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[list[int]] = []
+
+    def run_branches(runner: Any, rows: list[BranchRow], common: Any) -> list[int]:
+        passes.append([row.row for row in rows])
+        assert sum(len(row.comb) + 1 for row in rows) <= 100 or len(rows) == 1
+        return passes[-1]
+
+    monkeypatch.setattr(gpu_runner, "run_branches", run_branches)
+    runner = object.__new__(LookaheadGPURunner)
+    runner.max_num_tokens = 100
+    sizes = [30, 40, 26, 1, 200, 99, 3]
+    rows = [BranchRow(i, 50, 7, DraftTree.chain([1] * size)) for i, size in enumerate(sizes)]
+    assert runner.run_branches(rows, None) == list(range(len(sizes)))  # type: ignore[arg-type]
+    assert passes == [[0, 1, 2], [3], [4], [5], [6]]

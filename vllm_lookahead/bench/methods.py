@@ -19,8 +19,8 @@ STOCK: dict[str, dict[str, Any] | None] = {
     "suffix": {"method": "suffix", "suffix_decoding_max_cached_requests": 0},
 }
 """vLLM's own methods. "ngram" has vLLM's default lookup (exactly 5 tokens have to match) and its documentation's 5
-draft tokens; "ngram-tuned" was chosen by replaying the bundled model's greedy output
-on code. "suffix" must not keep past answers: here each prompt comes several times, and it would know them by heart."""
+draft tokens; "ngram-tuned" was chosen by replaying the bundled model's greedy output on code; "suffix" must not keep
+past answers: here each prompt comes several times, and it would know them by heart."""
 
 STANDARD = (*STOCK, "prompt_lookup", "lookahead")
 
