@@ -5,13 +5,14 @@
 #   benchmarks/gpu.sh --cpu OUT [PART...]    the same programs, tiny, on a machine without a GPU: do they run?
 #
 # PARTs: kernels, exactness, 8b, 1b, demo, 32b, sync. Each leaves a JSON file and a log in the folder OUT (all of them
-# are in all.tar.gz at the end), and a line in OUT/status.jsonl; if one fails the others still run, and the status is 1 at the end, as it is if one is left out
-# for lack of time. PYTHON names the interpreter, SECONDS_LEFT the time for all of them (default: 530).
+# are in all.tar.gz at the end), and a line in OUT/status.jsonl. If one fails the others still run, and the status is 1
+# at the end, as it is if one is left out for lack of time. PYTHON names the interpreter, SECONDS_LEFT the time for all
+# of them (default: 530).
 set -uo pipefail
 
 cpu=
 if [ "${1:-}" = --cpu ]; then cpu=--cpu; shift; fi
-if [ $# -lt 1 ]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; fi
+if [ $# -lt 1 ]; then sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift || exit 2
 parts=${*:-kernels exactness 8b 1b demo 32b sync}

@@ -87,7 +87,7 @@ def test_unseeded_sampling_follows_the_models_distribution(
     prompt = tuple(tokens[: (len(tokens) - 1) // 32 * 32 + 1])
     params = params.clone()
     params.n, params.detokenize, params.ignore_eos = SAMPLES // 2, False, True
-    small = {**SMALL[method["method"]], "method": method["method"], "num_speculative_tokens": 6, "budget": 6}
+    small = {**SMALL[method["method"]], "method": method["method"], "num_speculative_tokens": 4, "budget": 4}
     with engine(demo_model, small, max_num_seqs=128) as ours, TreeSpy.on(ours) as spy:
         # All of the prompt but its last token is in the cache from here on.
         run(ours, [Request(prompt, greedy(max_tokens=1))])
