@@ -71,4 +71,6 @@ def test_kv_of_every_committed_position_is_stock_vllms(ours: LLM, stock: LLM, en
         positions = len(prompts[int(name)]) + both - 1
         assert kv[:, :positions].abs().mean() > 0.01
         difference = (kv[:, :positions] - stock_kv[:, :positions]).abs().amax((0, 2, 3))
-        assert difference.max() <= 1e-5, f"request {name}: {difference.max()} at position {int(difference.argmax())}"
+        # float32 rounding grows with the values; a slot that was not moved is off by as much as they are
+        bound = 1e-5 * max(1.0, float(stock_kv[:, :positions].abs().max()))
+        assert difference.max() <= bound, f"request {name}: {difference.max()} at position {int(difference.argmax())}"
