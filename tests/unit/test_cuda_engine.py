@@ -16,7 +16,7 @@ PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu_exactness.py"
 def test_its_output_is_stock_vllms(tmp_path: Path) -> None:
     """Greedy and seeded, alone and batched: ``benchmarks/gpu_exactness.py`` compares with ``==``."""
     out = tmp_path / "exactness.json"
-    command = [sys.executable, str(PROGRAM), "--cpu", str(out), "--engines", "lookahead", "--max-tokens", "8"]
+    command = [sys.executable, str(PROGRAM), "--cpu", str(out), "--engines", "lookahead", "--max-tokens", "16"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     (found,) = json.loads(out.read_text())["results"]

@@ -295,5 +295,6 @@ def test_engines_that_cannot_verify_trees(impl: flash.TreeFlashAttentionImpl, mo
     assert "sliding-window" in str(flash.unsupported_reason(impl, builder, cache, torch.float32))
     builder.rswa_window, builder.model_config.is_mm_prefix_lm = None, True
     assert "within images" in str(flash.unsupported_reason(impl, builder, cache, torch.float32))
-    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    # not setenv: vLLM caches its variables once an engine has started in this process
+    monkeypatch.setattr(flash.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
     assert "batch-invariant" in str(flash.unsupported_reason(impl, builder, cache, torch.float32))
