@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +25,13 @@ KEY = "lookahead"
 
 MAX_NODES = 1024
 """Largest tree that may be asked for: beyond it the ancestor masks alone cost more than any draft can save."""
+
+
+SHARED_OPTIONS = {
+    "num_speculative_tokens": f"an integer from 1 to {MAX_NODES}",
+    "budget": '"auto" or an integer from 0 to num_speculative_tokens',
+}
+"""What every method allows beside its proposer's own options, in words."""
 
 
 class ConfigError(ValueError):
@@ -147,7 +155,10 @@ def requested_method(
     stock = set(stock)
     ours = set(ours) - stock
     method, model = settings.get("method"), settings.get("model")
-    named = [name for name in (_name(method), _bracketed(model)) if name is not None]
+    selected = _bracketed(model)
+    if selected is None and isinstance(model, str) and model in ours and not Path(model).exists():
+        selected = model  # without the brackets, as vLLM takes "ngram" for "[ngram]"
+    named = [name for name in (_name(method), selected) if name is not None]
     mine = [name for name in named if name in ours]
     if not mine:
         unknown = [name for name in named if name not in stock]
@@ -155,7 +166,9 @@ def requested_method(
             raise ConfigError(_unknown_method(unknown[0], ours, stock))
         return None
     name = mine[0]
-    if any(other != name for other in named) or (model is not None and _bracketed(model) is None):
+    if any(other != name for other in named):
+        raise ConfigError(f"method {method!r} and model {model!r} contradict each other: name one method")
+    if model is not None and selected is None:
         raise ConfigError(f"method {method!r} and model {model!r} contradict each other: [{name}] has no draft model")
     return name, {key: value for key, value in settings.items() if key not in ("method", "model")}
 
@@ -189,9 +202,8 @@ def _node_limit(method: str, value: Any) -> int | None:
     if value is None:
         return None
     if type(value) is not int or not 1 <= value <= MAX_NODES:
-        raise ConfigError(
-            f"[{method}]: num_speculative_tokens = {_show(value)}: must be an integer from 1 to {MAX_NODES}"
-        )
+        allowed = SHARED_OPTIONS["num_speculative_tokens"]
+        raise ConfigError(f"[{method}]: num_speculative_tokens = {_show(value)}: must be {allowed}")
     return value
 
 
@@ -215,21 +227,27 @@ def _validate(method: str, model: type[ProposerOptions], settings: Mapping[str, 
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
         schema = model.model_json_schema()["properties"]
-        problems = [_explain(problem, schema) for problem in error.errors(include_url=False)]
-        raise ConfigError(f"[{method}]: {'; '.join(problems)}") from None
+        problems = error.errors(include_url=False)
+        told = [_explain(problem, schema) for problem in problems]
+        if any(problem["type"] == "extra_forbidden" for problem in problems):
+            told.append(f"the options are: {_all_options(schema)}")
+        raise ConfigError(f"[{method}]: {'; '.join(told)}") from None
 
 
 def _explain(problem: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     """One pydantic error in the words of a user who has never heard of pydantic."""
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(f"{option} ({describe(schema[option])})" for option in sorted(schema))
-        return f"unknown option {name!r}{_did_you_mean(name, schema)}; the options are: {known}; " + (
-            "and num_speculative_tokens, budget"
-        )
+        return f"unknown option {name!r}{_did_you_mean(name, [*schema, *SHARED_OPTIONS])}"
     if name in schema:
         return f"{name} = {_show(problem['input'])}: must be {describe(schema[name])}"
     return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def _all_options(schema: Mapping[str, Any]) -> str:
+    """Every option of a method with what it allows, in one line."""
+    allowed = {**{name: describe(field) for name, field in schema.items()}, **SHARED_OPTIONS}
+    return ", ".join(f"{name} ({allowed[name]})" for name in sorted(allowed))
 
 
 def _show(value: Any) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +104,11 @@ def test_budget_out_of_range(value: Any) -> None:
         ({"max_ngram": None}, "max_ngram = null: must be an integer"),
         ({"max_ngram": 2, "min_ngram": 3}, r"min_ngram \(3\) must be at most max_ngram \(2\)"),
         ({"max_ngramm": 3}, r"unknown option 'max_ngramm' \(did you mean 'max_ngram'\?\).*max_draft_tokens"),
+        (
+            {"num_spec_tokens": 3},
+            r"did you mean 'num_speculative_tokens'\?.*num_speculative_tokens \(an integer from 1",
+        ),
+        ({"budgt": 3}, r"did you mean 'budget'\?.*budget \("),
         ({"draft_tensor_parallel_size": 1}, "unknown option 'draft_tensor_parallel_size'"),
         ({"max_ngram": object()}, "plain JSON"),
     ],
@@ -116,6 +122,9 @@ def test_wrong_option_is_named_with_what_it_allows(settings: dict[str, Any], mes
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"max_ngram = 0.*min_ngram = 0.*unknown option 'x'"):
         LookaheadConfig.parse("prompt_lookup", {"max_ngram": 0, "min_ngram": 0, "x": 1})
+    with pytest.raises(ConfigError, match=r"unknown option 'x'; unknown option 'y'; the options are:") as caught:
+        LookaheadConfig.parse("prompt_lookup", {"x": 1, "y": 1})
+    assert str(caught.value).count("the options are") == 1
 
 
 def test_proposer_that_cannot_be_loaded() -> None:
@@ -166,6 +175,8 @@ def test_fields_in_words() -> None:
         {"model": "[prompt_lookup]"},
         {"model": "[ prompt_lookup ]"},
         {"method": "prompt_lookup", "model": "[prompt_lookup]"},
+        {"model": "prompt_lookup"},
+        {"method": "prompt_lookup", "model": "prompt_lookup"},
     ],
 )
 def test_ours(settings: dict[str, Any]) -> None:
@@ -180,7 +191,8 @@ def test_ours(settings: dict[str, Any]) -> None:
         {"method": "ngram", "max_ngram": 3},
         {"model": "[ngram]"},
         {"model": "ngram"},
-        {"model": "prompt_lookup"},  # a folder or repository of this name is a draft model
+        {"model": "prompt_lookupp"},
+        {"model": "somebody/prompt_lookup"},
         {"model": "some/model", "method": "eagle"},
         {"model": "pkg.Class"},
         {"method": 3},
@@ -189,6 +201,13 @@ def test_ours(settings: dict[str, Any]) -> None:
 )
 def test_vllms(settings: dict[str, Any]) -> None:
     assert requested_method(settings, OURS, STOCK) is None
+
+
+def test_folder_with_the_name_of_a_method_is_a_draft_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompt_lookup").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert requested_method({"model": "prompt_lookup"}, OURS, STOCK) is None
+    assert requested_method({"model": "[prompt_lookup]"}, OURS, STOCK) == ("prompt_lookup", {})
 
 
 def test_stock_names_are_never_taken_over() -> None:
@@ -209,15 +228,15 @@ def test_unknown_methods_are_vllms_to_judge_if_its_own_are_not_known() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "reason"),
     [
-        {"method": "eagle", "model": "[prompt_lookup]"},
-        {"method": "prompt_lookup", "model": "some/model"},
-        {"method": "prompt_lookup", "model": "[lookahead]"},
+        ({"method": "eagle", "model": "[prompt_lookup]"}, "name one method"),
+        ({"method": "prompt_lookup", "model": "some/model"}, r"\[prompt_lookup\] has no draft model"),
+        ({"method": "prompt_lookup", "model": "[lookahead]"}, "name one method"),
     ],
 )
-def test_contradiction(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="contradict each other"):
+def test_contradiction(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"contradict each other: {reason}"):
         requested_method(settings, OURS, STOCK)
 
 
