@@ -31,7 +31,10 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
         layers = self.compilation_config.static_forward_context
         for group in groups:
             for name in group.layer_names:
-                reason = unsupported_reason(layers[name].impl, group.get_metadata_builder(0))
+                impl = getattr(layers[name], "impl", None)
+                if impl is None:
+                    return f"its {type(layers[name]).__name__} layers keep a recurrent state"
+                reason = unsupported_reason(impl, group.get_metadata_builder(0))
                 if reason is not None:
                     return reason
         self._builders = [group.get_metadata_builder(0) for group in groups]

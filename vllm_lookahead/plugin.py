@@ -95,7 +95,8 @@ def _with_methods(create_speculative_config: Callable[..., Any]) -> Callable[...
             config = _requested_config(self)
             if config is not None:
                 arguments = signature.bind(self, *args, **kwargs).arguments
-                _prepare(config, self, arguments["target_model_config"], arguments["target_parallel_config"])
+                model, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
+                config = _prepare(config, self, model, parallel)
         except (ConfigError, UnsupportedVLLMError) as error:
             if not _command_line:
                 raise
@@ -154,8 +155,13 @@ def _requested_config(engine_args: EngineArgs) -> LookaheadConfig | None:
     return LookaheadConfig.parse(*requested)
 
 
-def _prepare(config: LookaheadConfig, engine_args: EngineArgs, model_config: Any, parallel_config: Any) -> None:
+def _prepare(
+    config: LookaheadConfig, engine_args: EngineArgs, model_config: Any, parallel_config: Any
+) -> LookaheadConfig:
     """Check that this engine can serve ``config``, and leave in vLLM's config what our worker needs.
+
+    Returns:
+        ``config`` as this engine can serve it.
 
     Raises:
         ConfigError: it can't.
@@ -164,11 +170,12 @@ def _prepare(config: LookaheadConfig, engine_args: EngineArgs, model_config: Any
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
-    from vllm_lookahead.support import Setup, check_support
+    from vllm_lookahead.support import Setup, check_support, fit_lora
 
-    setup = Setup(engine_args, model_config, parallel_config, current_platform)
+    setup = Setup(engine_args, model_config, parallel_config, current_platform, config.options)
     check_support(config.method, setup)
     check_contract()
+    config = fit_lora(config, setup)
 
     if not isinstance(engine_args.additional_config, dict):
         raise ConfigError(f"[{config.method}] needs additional_config to be a mapping")
@@ -183,6 +190,7 @@ def _prepare(config: LookaheadConfig, engine_args: EngineArgs, model_config: Any
             config.method,
             parallel_config.worker_cls,
         )
+    return config
 
 
 def stock_methods() -> tuple[str, ...]:

@@ -6,10 +6,11 @@ back to chains there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_lookahead.config import ConfigError
+from vllm_lookahead.config import ConfigError, LookaheadConfig
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig
@@ -18,12 +19,21 @@ if TYPE_CHECKING:
 
 
 class Setup(NamedTuple):
-    """What is known of the engine when its speculative config is made."""
+    """What is known of the engine when its speculative config is made.
+
+    Attributes:
+        args: the engine's arguments.
+        model: the target model's config.
+        parallel: the engine's parallel config.
+        platform: what it runs on.
+        options: our method's options.
+    """
 
     args: EngineArgs
     model: ModelConfig
     parallel: ParallelConfig
     platform: Platform
+    options: Mapping[str, Any] = {}
 
     @property
     def device(self) -> str:
@@ -69,10 +79,34 @@ REFUSALS: tuple[Refusal, ...] = (
         "can't serve diffusion models: they don't generate one token after the other",
     ),
     Refusal(
+        "models with a recurrent state",
+        lambda s: s.model.has_inner_state,
+        "can't serve models with a recurrent state (Mamba, linear attention, short convolutions): it can't take back "
+        "rejected drafts",
+    ),
+    Refusal(
+        "MLA on CPUs",
+        lambda s: s.device == "cpu" and s.model.use_mla,
+        "can't serve models with MLA on CPUs: vLLM computes several tokens of a request by other kernels there than "
+        "one, with other results",
+    ),
+    Refusal(
+        "Model Runner V2",
+        lambda s: _asks_for_runner_v2(s),
+        "runs on vLLM's Model Runner V1 only; leave out VLLM_USE_V2_MODEL_RUNNER=1 and what needs that runner: "
+        "--enable-trace-replay, --return-sampling-mask and --enable-return-routed-experts",
+    ),
+    Refusal(
         "pipeline parallelism",
         lambda s: s.parallel.pipeline_parallel_size > 1,
         "can't run with pipeline parallelism: only the last stage knows the draft tree; "
         "use --tensor-parallel-size instead of --pipeline-parallel-size",
+    ),
+    Refusal(
+        "data parallelism of mixture-of-experts models",
+        lambda s: s.parallel.data_parallel_size > 1 and s.model.is_moe,
+        "can't run mixture-of-experts models with data parallelism, whose ranks have to run every forward pass "
+        "together; leave out --data-parallel-size",
     ),
     Refusal(
         "context parallelism",
@@ -116,6 +150,11 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda s: s.arg("async_scheduling"),
         "needs a step's tokens before it can draft the next; leave out --async-scheduling",
     ),
+    Refusal(
+        "LoRA with `branch: separate`",
+        lambda s: s.arg("enable_lora") and s.options.get("branch") == "separate",
+        'branch = "separate": must be "fused" with --enable-lora, because a forward pass of its own knows no adapters',
+    ),
 )
 """Checked in this order; the first that applies is reported."""
 
@@ -129,3 +168,65 @@ def check_support(method: str, setup: Setup) -> None:
     for refusal in REFUSALS:
         if refusal.applies(setup):
             raise ConfigError(f"[{method}] {refusal.message}")
+
+
+def fit_lora(config: LookaheadConfig, setup: Setup) -> LookaheadConfig:
+    """Where LoRA is on, cut the trees to what vLLM accepts: one place in a step for every node of every request.
+
+    Raises:
+        ConfigError: there is no place for any.
+    """
+    if not setup.arg("enable_lora"):
+        return config
+    tokens, requests = _batch_limits(setup)
+    nodes = tokens // requests - 1
+    if nodes >= config.num_speculative_tokens:
+        return config
+    if nodes < 1:
+        raise ConfigError(
+            f"[{config.method}] has no room for draft tokens: with --enable-lora, --max-num-batched-tokens ({tokens}) "
+            f"must be at least twice --max-num-seqs ({requests})"
+        )
+    _warn(
+        "[%s] drafts up to %d tokens per request, not %d: with --enable-lora, --max-num-batched-tokens (%d) must be at "
+        "least --max-num-seqs (%d) times (1 + num_speculative_tokens). Raise the one or lower the other for larger "
+        "trees.",
+        config.method,
+        nodes,
+        config.num_speculative_tokens,
+        tokens,
+        requests,
+    )
+    budget = config.budget if config.budget == "auto" else min(config.budget, nodes)
+    return config.model_copy(update={"num_speculative_tokens": nodes, "budget": budget})
+
+
+def _batch_limits(setup: Setup) -> tuple[int, int]:
+    """``max_num_batched_tokens`` and ``max_num_seqs``.
+
+    vLLM sets them after the speculative config is made, to defaults that depend on whether ``LLM`` or ``vllm serve``
+    asks, which isn't known here: the tighter ones count.
+    """
+    from vllm.usage.usage_lib import UsageContext
+
+    found = []
+    for context in (None, UsageContext.LLM_CLASS, UsageContext.OPENAI_API_SERVER):
+        args = copy.copy(setup.args)
+        args._set_default_max_num_seqs_and_batched_tokens_args(context, setup.model, setup.parallel)
+        assert args.max_num_batched_tokens is not None
+        assert args.max_num_seqs is not None
+        found.append((args.max_num_batched_tokens, args.max_num_seqs))
+    return min(found, key=lambda limits: limits[0] // limits[1])
+
+
+def _asks_for_runner_v2(setup: Setup) -> bool:
+    from vllm import envs
+
+    features = ("enable_trace_replay", "return_sampling_mask", "enable_return_routed_experts")
+    return bool(getattr(envs, "VLLM_USE_V2_MODEL_RUNNER", None)) or any(map(setup.arg, features))
+
+
+def _warn(message: str, *arguments: Any) -> None:
+    from vllm.logger import init_logger
+
+    init_logger("vllm.vllm_lookahead").warning(message, *arguments)

@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_lookahead import plugin, support, wrappers
@@ -51,6 +52,17 @@ def from_command_line(parser: FlexibleArgumentParser, model: str, *arguments: st
     args = parser.parse_args(["serve", model, "--skip-tokenizer-init", *arguments])
     args.model = args.model_tag  # as ServeSubcommand.cmd does
     return AsyncEngineArgs.from_cli_args(args).create_engine_config()
+
+
+def heard_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The list that warnings go to from here on."""
+    warnings: list[str] = []
+
+    def warning(self: Any, message: str, *args: Any, **kwargs: Any) -> None:
+        warnings.append(message % args)
+
+    monkeypatch.setattr("logging.Logger.warning", warning)
+    return warnings
 
 
 def assert_ours(config: Any, method: str = "prompt_lookup", **options: Any) -> LookaheadConfig:
@@ -139,12 +151,7 @@ def test_users_own_dictionaries_are_left_alone(model: str) -> None:
 
 
 def test_explicit_worker_class_wins(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    warnings: list[str] = []
-
-    def warning(self: Any, message: str, *args: Any, **kwargs: Any) -> None:
-        warnings.append(message % args)
-
-    monkeypatch.setattr("logging.Logger.warning", warning)
+    warnings = heard_warnings(monkeypatch)
     stock = "vllm.v1.worker.cpu_worker.CPUWorker"
     config = vllm_config(model, speculative_config={"method": "prompt_lookup"}, worker_cls=stock)
     assert config.parallel_config.worker_cls == stock
@@ -225,11 +232,105 @@ def test_unsupported_vllm_is_refused(model: str, monkeypatch: pytest.MonkeyPatch
         ({"async_scheduling": True}, "--async-scheduling"),
         ({"watermark_config": {"key": 1}}, "watermark"),
         ({"runner": "pooling"}, "--runner pooling"),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "context parallelism"),
+        ({"enable_trace_replay": True}, "--enable-trace-replay"),
+        ({"return_sampling_mask": True}, "--return-sampling-mask"),
+        ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
     ],
 )
 def test_refused(model: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         vllm_config(model, speculative_config={"method": "prompt_lookup"}, **arguments)
+
+
+MODELS = {
+    "recurrent state": {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "num_heads": 4, "head_dim": 32},
+    "MLA on CPUs": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 2,
+    },
+}
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("message", MODELS)
+def test_refused_model(make_model: Callable[..., str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        vllm_config(make_model(**MODELS[message]), speculative_config={"method": "prompt_lookup"})
+
+
+@pytest.mark.usefixtures("offline")
+def test_mixture_of_experts_with_data_parallelism_is_refused(make_model: Callable[..., str]) -> None:
+    experts = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 2}
+    folder = make_model(**experts, num_experts_per_tok=1)
+    config = {"speculative_config": {"method": "prompt_lookup"}}
+    vllm_config(folder, **config)
+    with pytest.raises(ConfigError, match="mixture-of-experts models with data parallelism"):
+        vllm_config(folder, **config, data_parallel_size=2)
+
+
+@pytest.mark.usefixtures("offline")
+def test_model_runner_v2_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
+        vllm_config(model, speculative_config={"method": "prompt_lookup"})
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert_ours(vllm_config(model, speculative_config={"method": "prompt_lookup"}))
+
+
+# ---- LoRA
+
+
+@pytest.mark.usefixtures("offline")
+def test_separate_branch_is_refused_with_lora(model: str) -> None:
+    separate = {"method": "lookahead", "branch": "separate"}
+    with pytest.raises(ConfigError, match=r'branch = "separate": must be "fused" with --enable-lora'):
+        vllm_config(model, speculative_config=separate, enable_lora=True)
+    assert_ours(vllm_config(model, speculative_config=separate), "lookahead", branch="separate")
+
+
+@pytest.mark.parametrize("context", [None, *UsageContext])
+@pytest.mark.parametrize("method", ["prompt_lookup", "lookahead"])
+def test_default_trees_fit_vllms_limit_for_lora(model: str, method: str, context: UsageContext | None) -> None:
+    args = EngineArgs(model=model, skip_tokenizer_init=True, speculative_config={"method": method}, enable_lora=True)
+    config = args.create_engine_config(usage_context=context)
+    ours = assert_ours(config, method)
+    limits = config.scheduler_config
+    assert 1 <= ours.num_speculative_tokens <= limits.max_num_batched_tokens // limits.max_num_seqs - 1
+
+
+def test_trees_are_cut_where_lora_asks_for_it(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings = heard_warnings(monkeypatch)
+    batch = {"max_num_seqs": 16, "max_num_batched_tokens": 256}
+    given = {"method": "prompt_lookup", "num_speculative_tokens": 40, "budget": 30}
+    assert assert_ours(vllm_config(model, speculative_config=given, **batch)).num_speculative_tokens == 40
+    assert not [text for text in warnings if "drafts up to" in text]
+    ours = assert_ours(vllm_config(model, speculative_config=given, enable_lora=True, **batch))
+    assert (ours.num_speculative_tokens, ours.budget) == (15, 15)
+    assert (
+        len([text for text in warnings if "drafts up to 15 tokens per request, not 40: with --enable-lora" in text])
+        == 1
+    )
+    warnings.clear()
+    given["num_speculative_tokens"] = given["budget"] = 15
+    assert assert_ours(vllm_config(model, speculative_config=given, enable_lora=True, **batch)).budget == 15
+    assert not [text for text in warnings if "drafts up to" in text]
+
+
+@pytest.mark.usefixtures("offline")
+def test_no_room_for_drafts_beside_lora(model: str) -> None:
+    batch = {"max_num_seqs": 16, "max_num_batched_tokens": 31}
+    with pytest.raises(
+        ConfigError, match=r"--max-num-batched-tokens \(31\) must be at least twice --max-num-seqs \(16\)"
+    ):
+        vllm_config(model, speculative_config={"method": "prompt_lookup"}, enable_lora=True, **batch)
 
 
 @pytest.mark.usefixtures("offline")

@@ -44,6 +44,16 @@ def test_refusals() -> None:
         assert row.feature in FLAT, row.feature
 
 
+def test_sampling_parameters() -> None:
+    """Every field has an answer in the table."""
+    from vllm import SamplingParams
+
+    internal = {"skip_clone", "output_text_buffer_length"}
+    fields = {name for name in SamplingParams.__struct_fields__ if not name.startswith("_")} - internal
+    table = README[README.index("## What works with what") : README.index("## Is it worth it?")]
+    assert not {name for name in fields if f"`{name}`" not in table}
+
+
 def test_metrics() -> None:
     from vllm.v1.spec_decode import metrics
 
