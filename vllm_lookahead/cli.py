@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 import vllm_lookahead
 from vllm_lookahead.bench.cli import app as bench
@@ -48,6 +49,7 @@ def demo(
 
     Ends with status 1 if any output differs.
     """
+    from vllm_lookahead.config import ConfigError
     from vllm_lookahead.demo.run import MODEL, EngineFailedError, run_demo
 
     console = Console()
@@ -68,8 +70,9 @@ def demo(
             engine={"dtype": dtype, "enforce_eager": enforce_eager, "enable_prefix_caching": False},
             show_texts=show,
         )
-    except EngineFailedError as error:
-        console.print(f"[bold red]error:[/bold red] {str(error).replace('[', chr(92) + '[')}")
+    except (ConfigError, EngineFailedError) as error:
+        message = Text.assemble(("error:", "bold red"), f" {error}")
+        Console(stderr=True).print(message, soft_wrap=True)
         raise typer.Exit(2) from None
     raise typer.Exit(0 if identical else 1)
 

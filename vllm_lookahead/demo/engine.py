@@ -160,7 +160,11 @@ def work(job: Job, reporter: Reporter) -> None:
     from vllm.sampling_params import RequestOutputKind
 
     start = time.perf_counter()
-    llm = LLM(job.model, speculative_config=job.speculative_config, **job.engine)
+    try:
+        llm = LLM(job.model, speculative_config=job.speculative_config, **job.engine)
+    except (OSError, ValueError) as error:  # how vLLM and transformers say that an argument is wrong
+        reporter.send("refused", reason=str(error))
+        raise
     prompts = [token_ids(llm.get_tokenizer(), prompt) for prompt in job.prompts]
 
     def params(seed: int, max_tokens: int) -> Any:

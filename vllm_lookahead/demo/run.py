@@ -19,8 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from vllm_lookahead.config import LookaheadConfig, method_names, requested_method
 from vllm_lookahead.demo.engine import Job, Output, Prompt, Run
 from vllm_lookahead.demo.report import Comparison, show
+from vllm_lookahead.plugin import stock_methods
 
 MODEL = str(files("vllm_lookahead.demo") / "model")
 """The model that comes with the package."""
@@ -60,11 +62,13 @@ def run_demo(
         show_texts: how many generated texts to print.
 
     Raises:
-        EngineFailedError: an engine did not start or died; the message ends with its last log lines.
+        ConfigError: nobody has the method, or one of ours can't have these options.
+        EngineFailedError: an engine did not start or died; the message says why, or ends with its last log lines.
     """
     name = f"[{method.strip('[]')}]"
     prompts = load_prompts()
-    ours: dict[str, Any] = {"method": method.strip("[]"), **options}
+    ours: dict[str, Any] = {**options, "method": method.strip("[]")}
+    check_method(ours)
     console.print(f"{len(prompts)} prompts, {max_tokens} tokens each, temperature {temperature:g}, model {model}")
     results = []
     with progress_bars(console) as progress:
@@ -77,6 +81,20 @@ def run_demo(
     comparison = Comparison(name, prompts, stock_alone, our_alone, stock_together, our_together)
     show(console, comparison, show_texts)
     return comparison.identical
+
+
+def check_method(speculative_config: dict[str, Any]) -> None:
+    """Find mistakes now, not when the stock engine has run for a minute.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    ours = method_names()
+    # importing vLLM takes seconds
+    stock = () if speculative_config["method"] in ours else stock_methods()
+    requested = requested_method(speculative_config, ours, stock)
+    if requested is not None:
+        LookaheadConfig.parse(*requested)
 
 
 @contextmanager
@@ -131,6 +149,8 @@ def run_engine(job: Job, label: str, progress: Progress, task: TaskID) -> tuple[
                     total = together.num_tokens + sum(run.num_tokens for run in alone)
                     progress.update(task, completed=total, total=total)
                     return alone, together
+                elif event["event"] == "refused":
+                    raise EngineFailedError(f"{label} did not start: {event['reason']}")
             process.wait()
             raise EngineFailedError(f"{label} ended without a result; the end of its log:\n{_tail(log_path)}")
         finally:
