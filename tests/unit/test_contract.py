@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from vllm_lookahead import contract
 from vllm_lookahead.contract import CONTRACT, Attributes, Function, UnsupportedVLLMError, check_contract
 
 
@@ -107,3 +113,94 @@ def test_changed_vllm_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_part_twice() -> None:
     assert len({(type(part), part.path) for part in CONTRACT}) == len(CONTRACT)
+
+
+# ---- the contract is complete
+
+PACKAGE = Path(contract.__file__).parent
+OURS = [
+    *(
+        PACKAGE / f"{name}.py"
+        for name in ("branch", "cpu_branch", "cpu_runner", "cpu_worker", "drafter", "kv", "plugin")
+    ),
+    *(PACKAGE / f"{name}.py" for name in ("runner", "sampler", "step", "support", "tree_rows", "worker")),
+    *(PACKAGE / "attention" / f"{name}.py" for name in ("cpu", "registry")),
+]
+"""The files that touch vLLM's insides on the CPU."""
+
+NOT_INTERNAL = {"vllm", "vllm.config", "vllm.logger", "vllm.platforms", "vllm.envs"}
+"""Modules whose names are vLLM's public interface, or so stable that nobody would notice a check."""
+
+ANNOTATIONS = {"AttentionLayer", "AttentionSpec", "Platform", "EngineArgs"}
+"""Names that only stand in annotations."""
+
+
+def promised(owner: str) -> set[str]:
+    """What the contract says about a class: its attributes and methods."""
+    methods = {
+        p.path.rpartition(".")[2] for p in CONTRACT if isinstance(p, Function) and p.path.startswith(f"{owner}.")
+    }
+    return methods.union(*(part.names for part in CONTRACT if isinstance(part, Attributes) and part.path == owner))
+
+
+@pytest.mark.parametrize("file", OURS, ids=lambda file: file.stem)
+def test_every_import_from_vllm_is_in_the_contract(file: Path) -> None:
+    places = {part.path for part in CONTRACT}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.module or node.module.split(".")[0] != "vllm":
+            continue
+        if node.module in NOT_INTERNAL:
+            continue
+        for name in {alias.name for alias in node.names} - ANNOTATIONS:
+            paths = (f"{node.module}:{name}", f"{node.module}.{name}:")
+            found = any(place == paths[0] or place.startswith((f"{paths[0]}.", paths[1])) for place in places)
+            assert found, f"{file.name} imports {name} from {node.module}"
+
+
+def test_every_override_is_in_the_contract() -> None:
+    from vllm_lookahead.attention import cpu
+    from vllm_lookahead.cpu_runner import LookaheadCPURunner
+    from vllm_lookahead.cpu_worker import CPULookaheadWorker
+
+    for cls in (LookaheadCPURunner, CPULookaheadWorker, cpu.TreeCPUAttentionMetadataBuilder, cpu.TreeCPUAttentionImpl):
+        mro = inspect.getmro(cls)
+        ours = [base for base in mro if base.__module__.startswith("vllm_lookahead")]
+        theirs = [base for base in mro if base.__module__.startswith("vllm.")]
+        known = set().union(*(promised(f"{base.__module__}:{base.__name__}") for base in theirs))
+        methods = {name for base in ours for name, value in vars(base).items() if inspect.isfunction(value)}
+        overrides = {name for name in methods if any(name in vars(base) for base in theirs)}
+        assert overrides, cls
+        assert overrides <= known, cls
+
+
+def test_every_attribute_of_vllms_runner_that_ours_reads_is_in_the_contract() -> None:
+    from vllm_lookahead.cpu_runner import LookaheadCPURunner
+
+    ours = [base for base in inspect.getmro(LookaheadCPURunner) if base.__module__.startswith("vllm_lookahead")]
+    own = {name for base in ours for name in vars(base)} | {"drafter"}
+    sources = [inspect.getsource(base) for base in ours]
+    own |= {name for source in sources for name in re.findall(r"self\.(\w+)\b(?::[^=\n]+)? = ", source)}
+    read = {name for source in sources for name in re.findall(r"\bself\.(\w+)", source)}
+    read |= set(re.findall(r"\brunner\.(\w+)", (PACKAGE / "cpu_branch.py").read_text()))
+    assert len(read - own) > 20
+    assert read - own <= promised(contract.RUNNER)
+
+
+@pytest.mark.parametrize("part", CONTRACT, ids=lambda part: part.path)
+def test_every_part_is_noticed_when_it_is_gone(part: Function | Attributes) -> None:
+    """Nobody renames vLLM's parts in a test; asking for one that isn't there comes to the same."""
+    gone = replace(part, path=f"{part.path}_gone")
+    with pytest.raises(UnsupportedVLLMError, match=r"has no \w+_gone; supported is") as caught:
+        check_contract(device=part.device or "cpu", contract=(part, gone))
+    assert "\n" not in str(caught.value)
+    if isinstance(part, Attributes):
+        more = replace(part, names=(*part.names, "no_such_attribute"))
+        with pytest.raises(UnsupportedVLLMError, match=r"has no no_such_attribute; supported is"):
+            check_contract(device=part.device or "cpu", contract=(more,))
+
+
+@pytest.mark.parametrize("part", [p for p in CONTRACT if isinstance(p, Function) and p.exactly], ids=lambda p: p.path)
+def test_a_parameter_more_is_noticed(part: Function) -> None:
+    more = replace(part, parameters=(*part.parameters, "one_more"))
+    with pytest.raises(UnsupportedVLLMError, match=r"takes \(.*\), expected \(.*one_more\); supported is"):
+        check_contract(device=part.device or "cpu", contract=(more,))
