@@ -2,7 +2,7 @@
 
 Rows without a branched tree keep vLLM's kernel and cost what they cost without us. For a tree row that kernel is told
 that the row has no context (its output is overwritten), and masked attention over the same paged cache takes its place:
-every node sees the prefix, its ancestors and itself.
+every node sees the prefix, its ancestors and itself. A step of nothing but tree rows leaves vLLM's kernel out.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_lookahead.attention.cpu_kernels import tree_outputs, tree_scores
+from vllm_lookahead.attention.cpu_kernels import attend
 from vllm_lookahead.tree_rows import TreeRows
 
 READABLE_ISAS = ("vec", "vec16")
 """Kernels whose cache layout we can read: K transposed, V plain (see ``vllm_lookahead.kv.CPUCommit``)."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TreeCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata, and what the tree rows need.
 
@@ -38,8 +38,8 @@ class TreeCPUAttentionMetadata(CPUAttentionMetadata):
         tree_blocks: int32 [tree rows, most blocks], their cache blocks.
     """
 
-    trees: TreeRows | None = None
-    tree_blocks: NDArray[np.int32] | None = None
+    trees: TreeRows
+    tree_blocks: NDArray[np.int32]
 
 
 class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -92,13 +92,14 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As vLLM's ``CPUAttentionBackendImpl.forward``; shapes there."""
-        result = super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
-        if isinstance(attn_metadata, TreeCPUAttentionMetadata):
-            assert attn_metadata.trees is not None
-            assert attn_metadata.tree_blocks is not None
-            tree_attention(query, kv_cache, attn_metadata.trees, attn_metadata.tree_blocks, self.scale, output)
+        result = output
+        metadata = attn_metadata if isinstance(attn_metadata, TreeCPUAttentionMetadata) else None
+        if metadata is None or len(metadata.trees.tokens) < metadata.num_actual_tokens:
+            result = super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        if metadata is not None:
+            tree_attention(query, kv_cache, metadata.trees, metadata.tree_blocks, self.scale, output)
         return result
 
 
@@ -120,18 +121,13 @@ def tree_attention(
         scale: factor of the scores.
         output: [tokens, num_heads, head_size], the tree rows' part is written in place.
     """
-    num_heads, head_size = query.shape[1:]
-    block_size = kv_cache.shape[2]
     cache = kv_cache.flatten(2)
     cells = cache.numpy() if cache.dtype == torch.float32 else cache.view(torch.uint16).numpy()
     tokens = torch.from_numpy(trees.tokens)
     packed = query.index_select(0, tokens).float()
-    scores = torch.empty(len(trees.tokens) * num_heads, blocks.shape[1] * block_size)
-    rows = (trees.lengths, trees.prefixes, trees.offsets, blocks)
-    tree_scores(packed.numpy(), cells, *rows, trees.mask, trees.mask_offsets, np.float32(scale), scores.numpy())
-    weights = torch.softmax(scores, dim=-1)
-    tree_outputs(weights.numpy(), cells, *rows, packed.numpy())  # the queries' memory takes the result
-    output.view(-1, num_heads, head_size).index_copy_(0, tokens, packed.to(output.dtype))
+    rows = (trees.lengths, trees.prefixes, trees.offsets, blocks, trees.mask, trees.mask_offsets)
+    attend(packed.numpy(), cells, *rows, np.float32(scale))
+    output.view(-1, *query.shape[1:]).index_copy_(0, tokens, packed.to(output.dtype))
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

@@ -1,7 +1,7 @@
 """Masked attention over the CPU backend's paged cache, compiled by numba for the machine it runs on.
 
-The inner loops are written so that LLVM vectorises them: K is stored transposed, so scores of a whole block of keys
-accumulate side by side, eight head dimensions at a time. Measured on one core at 65 to 85 GFLOP/s in float32.
+One pass over the keys with a running softmax (FlashAttention, arXiv 2205.14135): per row and kv head, the scores of all
+queries against one cache block, their exponentials and the weighted sum of the block's values stay in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-FASTMATH = {"contract", "reassoc", "nsz", "arcp"}  # but infinities keep their meaning: they are the mask
+from vllm_lookahead.attention.tile import float_of_bits, make_tile, maximum
+
+FASTMATH = {"contract", "reassoc", "nsz", "arcp", "nnan"}
+MASKED = np.float32(-1e30)
+"""A score that no softmax notices; infinities would make NaN of a block in which a query sees nothing."""
+
+HIGH, LOW, WIDE, NARROW = 8, 4, 32, 8
+_high_wide, _low_wide, _low_narrow = make_tile(HIGH, WIDE), make_tile(LOW, WIDE), make_tile(LOW, NARROW)
 
 
 def _as_floats(source: Any, scratch: Any) -> Any:
@@ -34,14 +41,54 @@ def _as_floats_overload(source, scratch):  # type: ignore[no-untyped-def]
     return widen
 
 
+@numba.njit(cache=True)
+def _add_product(a, a_stride, b, b_stride, c, c_stride, rows, depth, columns):  # type: ignore[no-untyped-def]
+    """``c += a @ b``; rows are a multiple of ``LOW``, columns of ``NARROW``."""
+    wide = columns // WIDE * WIDE
+    high = rows // HIGH * HIGH
+    for j in range(0, wide, WIDE):
+        for i in range(0, high, HIGH):
+            _high_wide(a, i * a_stride, a_stride, b, j, b_stride, c, i * c_stride + j, c_stride, depth)
+        for i in range(high, rows, LOW):
+            _low_wide(a, i * a_stride, a_stride, b, j, b_stride, c, i * c_stride + j, c_stride, depth)
+    for j in range(wide, columns, NARROW):
+        for i in range(0, rows, LOW):
+            _low_narrow(a, i * a_stride, a_stride, b, j, b_stride, c, i * c_stride + j, c_stride, depth)
+
+
 @numba.njit(cache=True, fastmath=FASTMATH)
-def tree_scores(query, cache, lengths, prefixes, offsets, blocks, mask, mask_offsets, scale, scores):  # type: ignore[no-untyped-def]
-    """Scores of every query against its row's keys, -inf where it must not look.
+def _exponentials(scores, highest):  # type: ignore[no-untyped-def]
+    """Replace scores by ``exp(score - highest)`` and return their sum.
+
+    The relative error is 2e-7 near the highest score and grows to 4e-6 where the result is 1e-35.
+    """
+    total = np.float32(0.0)
+    for j in range(len(scores)):
+        x = max((scores[j] - highest) * np.float32(1.4426950408889634), np.float32(-127.0))
+        whole = np.floor(x + np.float32(0.5))
+        part = x - whole
+        # 2**part on [-0.5, 0.5] (coefficients: Cephes, exp2f)
+        power = np.float32(1.535336188319500e-4)
+        power = power * part + np.float32(1.339887440266574e-3)
+        power = power * part + np.float32(9.618437357674640e-3)
+        power = power * part + np.float32(5.550332471162809e-2)
+        power = power * part + np.float32(2.402264791363012e-1)
+        power = power * part + np.float32(6.931472028550421e-1)
+        power = power * part + np.float32(1.0)
+        # an exponent of -127 makes 0
+        scores[j] = power * float_of_bits((np.int32(whole) + np.int32(127)) << np.int32(23))
+        total += scores[j]
+    return total
+
+
+@numba.njit(cache=True)
+def attend(packed, cache, lengths, prefixes, offsets, blocks, mask, mask_offsets, scale):  # type: ignore[no-untyped-def]
+    """Attention of every query over its row's prefix and those of the row's own tokens that its mask lets it see.
 
     Args:
-        query: float32 [packed, heads, head_size].
+        packed: float32 [packed, heads, head_size], the queries; overwritten with the result.
         cache: float32, or uint16 with the bits of bfloat16, [blocks, kv_heads, 2 * block_size * head_size]: K as
-            ``[head_size, block_size]``, then V.
+            ``[head_size, block_size]``, then V as ``[block_size, head_size]``. Both sizes are multiples of 8.
         lengths: int64 [rows], see ``TreeRows``.
         prefixes: int64 [rows], see ``TreeRows``.
         offsets: int64 [rows + 1], see ``TreeRows``.
@@ -49,111 +96,63 @@ def tree_scores(query, cache, lengths, prefixes, offsets, blocks, mask, mask_off
         mask: bool, see ``TreeRows``.
         mask_offsets: int64 [rows + 1], see ``TreeRows``.
         scale: float32, factor of the scores.
-        scores: float32 [packed * heads, most blocks * block_size], written: rows ordered by tree row, head, query.
     """
-    heads, head_size = query.shape[1], query.shape[2]
+    heads, head_size = packed.shape[1], packed.shape[2]
     kv_heads = cache.shape[1]
     per_kv = heads // kv_heads
-    block_size = cache.shape[2] // (2 * head_size)
-    scratch = np.empty(head_size * block_size, np.float32)
+    half = cache.shape[2] // 2
+    block_size = half // head_size
+    most = -(-np.max(lengths) * per_kv // LOW) * LOW
+    query = np.empty(most * head_size, np.float32)
+    result = np.empty(most * head_size, np.float32)
+    scores = np.empty(most * block_size, np.float32)
+    highest = np.empty(most, np.float32)
+    total = np.empty(most, np.float32)
+    scratch = np.empty(half, np.float32)
     for r in range(len(lengths)):
-        n, first = lengths[r], offsets[r]
-        total = prefixes[r] + n
-        for b in range((total + block_size - 1) // block_size):
-            for kv_head in range(kv_heads):
-                k = _as_floats(cache[blocks[r, b], kv_head, : head_size * block_size], scratch)
-                for i in range(n):
-                    for head in range(kv_head * per_kv, (kv_head + 1) * per_kv):
-                        s = scores[first * heads + head * n + i, b * block_size : (b + 1) * block_size]
-                        q = query[first + i, head]
-                        for j in range(block_size):
-                            s[j] = 0.0
-                        for d in range(0, head_size, 8):
-                            q0, q1, q2, q3 = q[d] * scale, q[d + 1] * scale, q[d + 2] * scale, q[d + 3] * scale
-                            q4, q5, q6, q7 = q[d + 4] * scale, q[d + 5] * scale, q[d + 6] * scale, q[d + 7] * scale
-                            k0 = k[d * block_size : (d + 1) * block_size]
-                            k1 = k[(d + 1) * block_size : (d + 2) * block_size]
-                            k2 = k[(d + 2) * block_size : (d + 3) * block_size]
-                            k3 = k[(d + 3) * block_size : (d + 4) * block_size]
-                            k4 = k[(d + 4) * block_size : (d + 5) * block_size]
-                            k5 = k[(d + 5) * block_size : (d + 6) * block_size]
-                            k6 = k[(d + 6) * block_size : (d + 7) * block_size]
-                            k7 = k[(d + 7) * block_size : (d + 8) * block_size]
-                            for j in range(block_size):
-                                s[j] += (
-                                    q0 * k0[j]
-                                    + q1 * k1[j]
-                                    + q2 * k2[j]
-                                    + q3 * k3[j]
-                                    + q4 * k4[j]
-                                    + q5 * k5[j]
-                                    + q6 * k6[j]
-                                    + q7 * k7[j]
-                                )
-        sees = mask_offsets[r]
-        for head in range(heads):
+        n, first, prefix = lengths[r], offsets[r], prefixes[r]
+        used = n * per_kv
+        padded = -(-used // LOW) * LOW
+        seen = mask[mask_offsets[r] : mask_offsets[r] + n * n]
+        for kv_head in range(kv_heads):
             for i in range(n):
-                s = scores[first * heads + head * n + i]
-                for j in range(n):
-                    if not mask[sees + i * n + j]:
-                        s[prefixes[r] + j] = -np.inf
-                s[total:] = -np.inf
-
-
-@numba.njit(cache=True, fastmath=FASTMATH)
-def tree_outputs(weights, cache, lengths, prefixes, offsets, blocks, output):  # type: ignore[no-untyped-def]
-    """Weighted sums of the values.
-
-    Args:
-        weights: float32, the softmax of ``tree_scores``'s scores.
-        cache: see ``tree_scores``.
-        lengths: see ``tree_scores``.
-        prefixes: see ``tree_scores``.
-        offsets: see ``tree_scores``.
-        blocks: see ``tree_scores``.
-        output: float32 [packed, heads, head_size], written.
-    """
-    heads, head_size = output.shape[1], output.shape[2]
-    kv_heads = cache.shape[1]
-    per_kv = heads // kv_heads
-    block_size = cache.shape[2] // (2 * head_size)
-    scratch = np.empty(head_size * block_size, np.float32)
-    output[...] = 0.0
-    for r in range(len(lengths)):
-        n, first = lengths[r], offsets[r]
-        total = prefixes[r] + n
-        for b in range((total + block_size - 1) // block_size):
-            # keys beyond the row have weight 0, but their values may be anything, even NaN
-            keys = min(block_size, total - b * block_size)
-            eights = keys // 8 * 8
-            for kv_head in range(kv_heads):
-                v = _as_floats(cache[blocks[r, b], kv_head, head_size * block_size :], scratch)
-                for i in range(n):
-                    for head in range(kv_head * per_kv, (kv_head + 1) * per_kv):
-                        w = weights[first * heads + head * n + i, b * block_size : (b + 1) * block_size]
-                        o = output[first + i, head]
-                        for j in range(0, eights, 8):
-                            w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
-                            w4, w5, w6, w7 = w[j + 4], w[j + 5], w[j + 6], w[j + 7]
-                            v0 = v[j * head_size : (j + 1) * head_size]
-                            v1 = v[(j + 1) * head_size : (j + 2) * head_size]
-                            v2 = v[(j + 2) * head_size : (j + 3) * head_size]
-                            v3 = v[(j + 3) * head_size : (j + 4) * head_size]
-                            v4 = v[(j + 4) * head_size : (j + 5) * head_size]
-                            v5 = v[(j + 5) * head_size : (j + 6) * head_size]
-                            v6 = v[(j + 6) * head_size : (j + 7) * head_size]
-                            v7 = v[(j + 7) * head_size : (j + 8) * head_size]
-                            for d in range(head_size):
-                                o[d] += (
-                                    w0 * v0[d]
-                                    + w1 * v1[d]
-                                    + w2 * v2[d]
-                                    + w3 * v3[d]
-                                    + w4 * v4[d]
-                                    + w5 * v5[d]
-                                    + w6 * v6[d]
-                                    + w7 * v7[d]
-                                )
-                        for j in range(eights, keys):
-                            for d in range(head_size):
-                                o[d] += w[j] * v[j * head_size + d]
+                for h in range(per_kv):
+                    at = (i * per_kv + h) * head_size
+                    for d in range(head_size):
+                        query[at + d] = packed[first + i, kv_head * per_kv + h, d] * scale
+            query[used * head_size : padded * head_size] = 0.0
+            result[: padded * head_size] = 0.0
+            highest[:used] = MASKED
+            total[:used] = 0.0
+            for b in range(-(-(prefix + n) // block_size)):
+                begin = b * block_size
+                keys = min(block_size, prefix + n - begin)
+                columns = -(-keys // NARROW) * NARROW
+                scores[: padded * block_size] = 0.0
+                block = cache[blocks[r, b], kv_head]
+                k = _as_floats(block[:half], scratch)
+                _add_product(query, head_size, k, block_size, scores, block_size, padded, head_size, columns)
+                own = max(prefix - begin, 0)  # from here on the block's keys are the row's own tokens
+                for q in range(used):
+                    s = scores[q * block_size : q * block_size + columns]
+                    sees = q // per_kv * n + begin - prefix
+                    for j in range(own, keys):
+                        if not seen[sees + j]:
+                            s[j] = MASKED
+                    s[keys:] = MASKED
+                    high = maximum(scores, q * block_size, columns, highest[q])
+                    # at first there is nothing to correct, and exp(MASKED - high) is 0
+                    correction = np.float32(np.exp(highest[q] - high))
+                    highest[q] = high
+                    total[q] = total[q] * correction + _exponentials(s, high)
+                    if correction != 1.0:
+                        for at in range(q * head_size, (q + 1) * head_size):
+                            result[at] *= correction
+                v = _as_floats(block[half:], scratch)
+                # only as deep as there are keys: what lies beyond may be anything, even NaN
+                _add_product(scores, block_size, v, head_size, result, head_size, padded, keys, head_size)
+            for i in range(n):
+                for h in range(per_kv):
+                    q = i * per_kv + h
+                    for d in range(head_size):
+                        packed[first + i, kv_head * per_kv + h, d] = result[q * head_size + d] / total[q]
