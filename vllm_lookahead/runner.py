@@ -136,11 +136,15 @@ class LookaheadRunnerMixin(Base):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; then decide once whether this model's attention can verify trees."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        budgets = self.input_batch.thinking_budget_state_holder
+        if budgets is not None:
+            # its requests have no drafts; in speculative mode it would look for its rows among the other rows' drafts
+            budgets.in_spec_mode = False
         reason = self.tree_support()
         self.trees_verifiable = reason is None
         if reason is None:
             method = self.drafter.config.method
-            logger.info("[%s] verifies draft trees of up to %d nodes.", method, self.num_spec_tokens)
+            logger.info("[%s] verifies draft trees of up to %d nodes.", method, self._node_limit(1))
         else:
             logger.warning("[%s] falls back to draft chains: %s.", self.drafter.config.method, reason)
 
@@ -232,7 +236,7 @@ class LookaheadRunnerMixin(Base):
         self._observe(sampled_token_ids)
         req_ids = self.input_batch.req_ids[: len(sampled_token_ids)]
         limit = self._node_limit(len(req_ids))
-        if self.drafter.proposer.separate_branch and self.trees_verifiable:
+        if self.drafter.proposer.separate_branch and self.trees_verifiable and limit > 0:
             self._run_branches(sampled_token_ids, common_attn_metadata)
         trees = [self._propose_row(row, limit) if sampled else None for row, sampled in enumerate(sampled_token_ids)]
         counts = self.policy.choose(req_ids, trees, limit)
@@ -255,9 +259,13 @@ class LookaheadRunnerMixin(Base):
     # ---- drafting
 
     def _node_limit(self, num_rows: int) -> int:
-        """Most nodes per request: what was asked for, as long as every row fits the scheduler's token budget."""
+        """Most nodes per request, the window's included: what was asked for, as long as every row fits the scheduler's
+        token budget.
+        """
+        budget = self.drafter.config.budget
+        most = self.num_spec_tokens if budget == "auto" else budget
         room = self.scheduler_config.max_num_batched_tokens // num_rows - 1
-        return max(0, min(self.num_spec_tokens, room))
+        return max(0, min(most, room))
 
     def _run_branches(self, sampled_token_ids: list[list[int]], common: CommonAttentionMetadata) -> None:
         """The lookahead branches in forwards of their own, on the roots that this step found."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proposers import DraftTree
+from vllm_lookahead.runner import LookaheadRunnerMixin
 from vllm_lookahead.step import PLACEHOLDER, StepTrees, walk_all
 
 ROOT = -1
@@ -104,3 +109,16 @@ def test_a_batch_without_rows() -> None:
     step = StepTrees.build([], {}, {})
     assert step.num_rows == 0
     assert walk_all(step, np.zeros(0, np.int64)).lengths.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "rows", "nodes"), [("auto", 1, 30), ("auto", 8, 7), (12, 1, 12), (12, 8, 7), (0, 1, 0), ("auto", 99, 0)]
+)
+def test_most_nodes_per_request(budget: Any, rows: int, nodes: int) -> None:
+    """A budget counts every node, the window's too: it is what proposers may put into a tree, not only the guesses."""
+    runner: Any = SimpleNamespace(
+        num_spec_tokens=30,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+        drafter=SimpleNamespace(config=SimpleNamespace(budget=budget)),
+    )
+    assert LookaheadRunnerMixin._node_limit(runner, rows) == nodes
