@@ -208,6 +208,7 @@ CONTRACT: tuple[Function | Attributes, ...] = (
             "req_ids",
             "req_output_token_ids",
             "sampling_metadata",
+            "thinking_budget_state_holder",
             "token_ids_cpu",
         ),
     ),
@@ -257,6 +258,7 @@ CONTRACT: tuple[Function | Attributes, ...] = (
         ),
     ),
     Function("vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder.has_tracked_requests", (), exactly=True),
+    Attributes("vllm.v1.sample.thinking_budget_state:ThinkingBudgetStateHolder", ("in_spec_mode",)),
     Function(
         "vllm.v1.sample.logits_processor:build_logitsprocs",
         ("vllm_config", "device", "is_pin_memory", "is_pooling_model"),

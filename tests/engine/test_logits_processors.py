@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.config.reasoning import ReasoningConfig
 from vllm.v1.sample.logits_processor import (
     AdapterLogitsProcessor,
     BatchUpdate,
@@ -18,7 +19,7 @@ from vllm.v1.sample.logits_processor import (
 
 from .cases import Case, Encode, either
 from .engines import TreeSpy, assert_same, engine, run, token_ids
-from .prompts import PROMPTS
+from .prompts import CHATS, PROMPTS
 
 
 @dataclass
@@ -116,28 +117,58 @@ def processed(i: int, _: Encode) -> SamplingParams:
 CASE = Case("custom logits processors", processed, PROMPTS[:40])
 
 
+def thinking(i: int, _: Encode) -> SamplingParams:
+    return either(i, thinking_token_budget=(3, 8, 20, None)[i % 4], ignore_eos=True)
+
+
+THINKING = Case("thinking budgets", thinking, CHATS)
+
+SETTINGS: dict[str, Any] = {
+    "logits_processors": PROCESSORS,
+    "reasoning_config": ReasoningConfig(reasoning_start_str="<|assistant|>", reasoning_end_str="<|end|>"),
+}
+"""What else a step's sampling may depend on, for the engines of this file."""
+
+
 @pytest.fixture(scope="module")
-def expected(demo_model: str, encode: Encode) -> list[RequestOutput]:
-    """What stock vLLM gives with the processors; not what it gives without."""
-    with engine(demo_model, None, logits_processors=PROCESSORS) as stock:
-        outputs = run(stock, CASE.requests(encode))
-    return outputs
+def expected(demo_model: str, encode: Encode) -> tuple[list[RequestOutput], list[RequestOutput]]:
+    """What stock vLLM gives for ``CASE`` and ``THINKING``; not what it gives without the processors and budgets."""
+    with engine(demo_model, None, **SETTINGS) as stock:
+        return run(stock, CASE.requests(encode)), run(stock, THINKING.requests(encode))
 
 
-def test_processors_change_the_output(stock: LLM, expected: list[RequestOutput], encode: Encode) -> None:
+def test_processors_and_budgets_change_the_output(
+    stock: LLM, expected: tuple[list[RequestOutput], list[RequestOutput]], encode: Encode
+) -> None:
     unprocessed = run(stock, CASE.requests(encode)[:8])
-    changed = [a != b for a, b in zip(token_ids(expected), token_ids(unprocessed), strict=False)]
+    changed = [a != b for a, b in zip(token_ids(expected[0]), token_ids(unprocessed), strict=False)]
     assert sum(changed) >= 5, changed
+    end = encode("<|end|>")
+    for request, output in zip(THINKING.requests(encode), expected[1], strict=True):
+        budget = request.params.thinking_token_budget
+        assert budget is None or end[0] in output.outputs[0].token_ids[: budget + 2]
 
 
 def test_custom_logits_processors(
-    demo_model: str, method: dict[str, Any], encode: Encode, expected: list[RequestOutput]
+    demo_model: str,
+    method: dict[str, Any],
+    encode: Encode,
+    expected: tuple[list[RequestOutput], list[RequestOutput]],
 ) -> None:
-    requests = CASE.requests(encode)
-    labels = [f"{request.params.extra_args}" for request in requests]
-    with engine(demo_model, method, logits_processors=PROCESSORS) as ours:
-        for in_flight, seed in ((1, None), (16, 3)):
-            with TreeSpy.on(ours) as spy:
-                got = run(ours, requests, in_flight=in_flight, seed=seed)
-            assert_same(expected, got, labels)
-            spy.assert_trees_were_used()
+    """The processors, then thinking budgets: requests that have one get no drafts, their neighbours trees."""
+    requests, budgeted = CASE.requests(encode), THINKING.requests(encode)
+    labels = [f"{r.params.extra_args}, budget {r.params.thinking_token_budget}" for r in requests + budgeted]
+    with engine(demo_model, method, **SETTINGS) as ours:
+        with TreeSpy.on(ours) as spy:
+            got = run(ours, requests)
+        assert_same(expected[0], got, labels[: len(requests)])
+        spy.assert_trees_were_used()
+        with TreeSpy.on(ours) as spy:
+            got = run(ours, requests + budgeted, in_flight=16, seed=3)
+        assert_same(expected[0] + expected[1], got, labels)
+        spy.assert_trees_were_used()
+        with TreeSpy.on(ours) as spy:
+            run(
+                ours, [request for request in budgeted if request.params.thinking_token_budget is not None], in_flight=4
+            )
+        assert spy.drafts_accepted == 0
