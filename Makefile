@@ -23,7 +23,7 @@ demo: $(STAMP) ## stock vLLM against [prompt_lookup] on the bundled model (ARGS=
 	@$(BIN)/vllm-lookahead demo $(ARGS)
 
 test: $(STAMP) ## all tests (ARGS="tests/unit" for some)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 $(ARGS)
 
 lint: $(STAMP) ## style and types
 	@$(BIN)/ruff check $(SOURCES)

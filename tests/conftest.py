@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # vLLM's kernels spin while they wait for each other: with more threads than idle cores a step takes 250 ms, not 4 ms.
@@ -14,6 +15,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# examples may take long on a busy machine, and the first one compiles
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 MODEL_VARIABLE = "LOOKAHEAD_TEST_MODEL"
 
@@ -25,3 +30,16 @@ def demo_model() -> str:
     folder = Path(os.environ.get(MODEL_VARIABLE, bundled))
     assert (folder / "model.safetensors").exists(), f"{folder} holds no model; set {MODEL_VARIABLE} to one"
     return str(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Divide the tests between processes (pytest-xdist) so that no expensive fixture is set up twice.
+
+    Engine tests stay together by method, since a method's tests share an engine; the others by folder or file.
+    """
+    for item in items:
+        folder = item.path.parent.name
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        together = str(params["method"]) if folder == "engine" and "method" in params else item.path.name
+        group = folder if folder in ("http", "distributed") else f"{folder} {together}"
+        item.add_marker(pytest.mark.xdist_group(group))
