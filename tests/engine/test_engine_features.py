@@ -14,7 +14,7 @@ from vllm import LLM, RequestOutput
 from vllm.lora.request import LoRARequest
 
 from .cases import CASES, Case, Encode, either
-from .engines import Request, TreeSpy, assert_same, engine, metric, run, token_ids
+from .engines import Request, TreeSpy, assert_same, engine, metric, run, runner_of, token_ids
 from .prompts import PROMPTS, REPETITIVE
 
 
@@ -177,7 +177,10 @@ def test_lora(
 ) -> None:
     requests, adapted, plain = lora_reference
     assert sum(a != b for a, b in zip(token_ids(adapted), token_ids(plain), strict=True)) > 12
-    with engine(demo_model, method, enable_lora=True, max_lora_rank=8) as ours:
+    # larger trees than vLLM has places for next to LoRA: they are cut
+    places = {"max_num_seqs": 128, "max_num_batched_tokens": 2048}
+    with engine(demo_model, method, enable_lora=True, max_lora_rank=8, **places) as ours:
+        assert runner_of(ours).num_spec_tokens == 2048 // 128 - 1 < method["num_speculative_tokens"]
         for lora, expected in ((adapter, adapted), (None, plain)):
             with TreeSpy.on(ours) as spy:
                 got = run(ours, requests, in_flight=8, seed=11, lora_request=lora)

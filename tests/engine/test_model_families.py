@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ FAMILIES: dict[str, tuple[PretrainedConfig, dict[str, Any], str | None]] = {
         {"max_model_len": 512},
         "ALiBi",
     ),
+    "fp8 KV cache": (Qwen2Config(**SIZES), {"kv_cache_dtype": "fp8"}, "fp8"),
     "float16": (Qwen2Config(**SIZES), {"dtype": "float16"}, "float16"),
 }
 """A config, engine arguments, and why the family can't verify trees (None: it can)."""
@@ -67,7 +69,11 @@ def requests() -> list[Request]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_model_family(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_model_family(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # vLLM's logger keeps its records to itself, unless another engine has started in this process before
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config, arguments, reason = FAMILIES[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
