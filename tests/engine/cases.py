@@ -149,8 +149,11 @@ def other_options(i: int, encode: Encode) -> SamplingParams:
         {"stop": ["\n"], "stop_token_ids": ids(encode, ")"), "min_tokens": 2},
         {"skip_reading_prefix_cache": True},
         {"n": 2},
+        {"spaces_between_special_tokens": False, "skip_special_tokens": False, "logit_bias": {3: 5.0}},
+        {"stream_interval": 3, "routed_experts_prompt_start": 1, "watermarking": False},
     )
-    return seeded(i, **options[i % 6]) if i % 2 or "n" in options[i % 6] else greedy(**options[i % 6])
+    chosen = options[i % len(options)]
+    return seeded(i, **chosen) if i // len(options) % 2 or "n" in chosen else greedy(**chosen)
 
 
 def everything(i: int, encode: Encode) -> SamplingParams:

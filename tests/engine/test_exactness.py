@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from vllm import LLM, RequestOutput
 
-from .cases import CASES, Case, Encode
+from .cases import CASES, Case, Encode, either, ids
 from .engines import METHODS, Request, TreeSpy, assert_same, ended_inside_a_path, engine, run
+from .prompts import PROMPTS
 
 Reference = Callable[[Case], list[RequestOutput]]
 
@@ -33,6 +34,17 @@ def test_all_cases_mixed_with_random_arrival(
         got = run(ours, [request for _, request in everything], in_flight=16, seed=0)
     assert_same(expected, got, [f"{case.name}: {request.params}" for case, request in everything])
     spy.assert_trees_were_used(500)
+
+
+def test_logprob_token_ids(ours: LLM, stock: LLM, encode: Encode) -> None:
+    """Not among the cases, because vLLM gives other requests of the batch these tokens' log-probabilities too."""
+    tokens = ids(encode, "\n", " ", "x")
+    case = Case("logprob_token_ids", lambda i, _: either(i, logprob_token_ids=tokens), PROMPTS[20:36])
+    with TreeSpy.on(ours) as spy:
+        got = run(ours, case.requests(encode), in_flight=8, seed=19)
+    assert_same(run(stock, case.requests(encode)), got, case.prompts)
+    spy.assert_trees_were_used()
+    assert all(set(tokens) <= set(position) for output in got for position in output.outputs[0].logprobs or [{}])
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
