@@ -139,6 +139,7 @@ def test_memory_is_set_aside_for_the_logits_of_drafts(monkeypatch: pytest.Monkey
         scheduler_config=SimpleNamespace(max_num_batched_tokens=8192),
         model=SimpleNamespace(compute_logits=lambda hidden: hidden),
         tree_sampler=SimpleNamespace(argmax=lambda logits: sizes.append(logits.shape)),
+        drafter=SimpleNamespace(config=SimpleNamespace(budget="auto")),
     )
     hidden = torch.zeros(3, 8)
     assert runner._dummy_sampler_run(hidden) is hidden

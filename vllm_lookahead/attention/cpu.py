@@ -54,7 +54,7 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.trees: TreeRows | None = None
         self.isa: str
-        if self.isa == "amx":
+        if self.isa == "amx" and hasattr(self, "_set_isa_to_layers"):  # vLLM 0.26 can't change it: chains
             # amx packs the cache in tiles that only its own kernel reads
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
