@@ -32,6 +32,7 @@ def demo_model() -> str:
     return str(folder)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Divide the tests between processes (pytest-xdist) so that no expensive fixture is set up twice.
 
