@@ -32,15 +32,14 @@ def demo_model() -> str:
     return str(folder)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Divide the tests between processes (pytest-xdist) so that no expensive fixture is set up twice.
 
-    Engine tests stay together by method, since a method's tests share an engine; the others by folder or file.
+    Engine tests stay together by method, since a method's tests share an engine; the others by folder or file. Here,
+    because pytest-xdist reads the marks before a conftest's ``pytest_collection_modifyitems`` runs.
     """
-    for item in items:
-        folder = item.path.parent.name
-        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        together = str(params["method"]) if folder == "engine" and "method" in params else item.path.name
-        group = folder if folder in ("http", "distributed") else f"{folder} {together}"
-        item.add_marker(pytest.mark.xdist_group(group))
+    folder = item.path.parent.name
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    together = str(params["method"]) if folder == "engine" and "method" in params else item.path.name
+    group = folder if folder in ("http", "distributed") else f"{folder} {together}"
+    item.add_marker(pytest.mark.xdist_group(group))

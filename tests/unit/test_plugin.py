@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.exceptions import VLLMValidationError
@@ -278,10 +279,11 @@ def test_mixture_of_experts_with_data_parallelism_is_refused(make_model: Callabl
 
 @pytest.mark.usefixtures("offline")
 def test_model_runner_v2_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    # not setenv: vLLM caches its variables once an engine has started in this process
+    monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", True)
     with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
         vllm_config(model, speculative_config={"method": "prompt_lookup"})
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", False)
     assert_ours(vllm_config(model, speculative_config={"method": "prompt_lookup"}))
 
 
