@@ -19,6 +19,7 @@ from proposers.tree import DraftTree, FloatArray, IntArray
 
 MAX_NGRAM = 8
 """Largest n-gram that can be looked up: each size costs two integers of memory per token of context."""
+NO_GUESS = DraftTree.empty()
 
 
 class PromptLookupOptions(ProposerOptions):
@@ -87,6 +88,8 @@ class _PromptLookupRequest(RequestProposer):
             float(self.confidence),
             *self._settings,
         )
+        if size == 0:
+            return NO_GUESS
         nodes = self._nodes[:, :size].copy()
         return DraftTree(nodes[0], nodes[1], nodes[2], 0, self._chances[:size].copy())
 

@@ -2,45 +2,58 @@
 
 A step that verifies nodes costs more than one that does not, and a node is worth only the chance that it is accepted.
 Both sides are measured: ``StepCost`` knows what a step costs by the number of tokens it computes, ``Confidence`` how
-far a request's proposer can be trusted. ``allocate`` then takes the nodes that raise expected tokens per second.
+far a request's proposer can be trusted. ``StepCost.allocate`` takes the nodes that raise expected tokens per second.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
 GAIN = 1.02
 """Drafting must promise at least this factor over plain decoding: estimates are noisy, and slower is worst."""
-REFIT_EVERY = 16
+REFIT_EVERY = 8
+"""Timed steps between two fits."""
 FORGET = 0.98
 PRIOR_WEIGHT = 4.0
 
+# overhead and drafting in seconds, scale as a factor: first guesses, and what a fit may find
+START = (1e-3, 1.0, 3e-4)
+LIMITS = (0.0, 0.2, 0.0), (1.0, 20.0, 0.1)
+
 
 class StepCost:
-    """Seconds per step by tokens computed: ``overhead + scale * forward(tokens)``.
+    """Seconds per step by tokens computed: ``overhead + scale * forward(tokens)``, plus ``drafting`` with drafts.
 
     The shape of ``forward`` is measured once, at start-up (flat where memory bandwidth rules, rising where arithmetic
-    does). Overhead and scale are fitted to the steps that are really observed, as weighted least squares over buckets
+    does). The three numbers are fitted to the steps that are really observed, as weighted least squares over buckets
     of similar size that forget old observations, drawn towards the start-up values where little was observed.
 
     Args:
         sizes: numbers of tokens at which the forward pass was timed, ascending.
         seconds: the times, same length.
-        overhead: seconds per step outside of the forward pass, a first guess.
+
+    Attributes:
+        overhead: seconds per step outside of the forward pass.
+        scale: a real step's forward pass against the one at start-up, which has no context to attend to.
+        drafting: seconds that a step with drafts costs beyond what its tokens cost: sampling at nodes, the walk, the
+            KV commit, vLLM's bookkeeping.
     """
 
-    def __init__(self, sizes: Sequence[int], seconds: Sequence[float], overhead: float = 1e-3) -> None:
+    def __init__(self, sizes: Sequence[int], seconds: Sequence[float]) -> None:
         self._sizes = np.asarray(sizes, np.float64)
         # more tokens never cost less: what looks like it is noise
         self._forward = np.maximum.accumulate(np.asarray(seconds, np.float64))
-        self._start = (overhead, 1.0)
-        self.overhead, self.scale = self._start
-        buckets = 64
+        self._table = np.interp(np.arange(sizes[-1] + 1), self._sizes, self._forward)
+        self.overhead, self.scale, self.drafting = START
+        buckets = (2, 64)  # without and with drafts
         self._weight = np.zeros(buckets)
         self._mean_forward = np.zeros(buckets)
         self._mean_seconds = np.zeros(buckets)
@@ -50,52 +63,63 @@ class StepCost:
         times = ", ".join(f"{int(n)}: {t * 1e3:.2f}" for n, t in zip(self._sizes, self._forward, strict=True))
         return f"a forward pass in ms by tokens: {times}"
 
-    def forward(self, tokens: FloatArray | float) -> FloatArray:
-        """Start-up estimate of the forward pass, seconds, for numbers of tokens."""
-        tokens = np.asarray(tokens, np.float64)
-        inside = np.interp(tokens, self._sizes, self._forward)
-        beyond = self._forward[-1] * tokens / self._sizes[-1]
-        return np.where(tokens > self._sizes[-1], beyond, inside)
+    def forward(self, tokens: int) -> float:
+        """Start-up estimate of a forward pass over so many tokens, in seconds; beyond what was timed, in proportion."""
+        return float(_forward(self._table, tokens))
 
-    def seconds(self, tokens: FloatArray | float) -> FloatArray:
-        """Estimated seconds of a whole step that computes so many tokens."""
-        return self.overhead + self.scale * self.forward(tokens)
+    def seconds(self, tokens: int, *, drafts: bool = False) -> float:
+        """Estimated seconds of a whole step that computes so many tokens, drafts among them or not."""
+        return self.overhead + self.scale * self.forward(tokens) + (self.drafting if drafts else 0.0)
 
-    def observe(self, tokens: int, seconds: float) -> None:
+    def observe(self, tokens: int, drafts: bool, seconds: float) -> None:
         """Take one step's wall time into account; outliers (a pause, a compilation) are cut to 3 times the estimate."""
-        forward = float(self.forward(float(tokens)))
+        forward = self.forward(tokens)
         if self._observed > REFIT_EVERY:
-            seconds = min(seconds, 3.0 * float(self.seconds(float(tokens))))
-        bucket = min(len(self._weight) - 1, int(4 * np.log2(tokens)) if tokens > 0 else 0)
+            seconds = min(seconds, 3.0 * self.seconds(tokens, drafts=drafts))
+        at = int(drafts), min(self._weight.shape[1] - 1, int(4 * math.log2(tokens)) if tokens > 0 else 0)
         self._weight *= FORGET ** (1 / REFIT_EVERY)
-        weight = self._weight[bucket] + 1.0
+        weight = self._weight[at] + 1.0
         # a bucket follows its recent past, however long it has existed
         step = max(1.0 / weight, 0.05)
-        self._mean_forward[bucket] += step * (forward - self._mean_forward[bucket])
-        self._mean_seconds[bucket] += step * (seconds - self._mean_seconds[bucket])
-        self._weight[bucket] = min(weight, 50.0)
+        self._mean_forward[at] += step * (forward - self._mean_forward[at])
+        self._mean_seconds[at] += step * (seconds - self._mean_seconds[at])
+        self._weight[at] = min(weight, 50.0)
         self._observed += 1
 
-    def fit(self) -> tuple[float, float]:
-        """Overhead and scale that explain the observations best; ``adopt`` puts them to use."""
+    def allocate(self, values: Sequence[NDArray[np.float32]], tokens: int) -> Allocation:
+        """Choose how many nodes of each request's tree are verified, so that expected tokens per second are highest.
+
+        Args:
+            values: per request the chance of each node to be accepted, in tree order, falling.
+            tokens: what the step computes without any drafts: one per decoding request.
+
+        Returns:
+            The choice; no node at all if that promises less than ``GAIN`` over no drafts.
+        """
+        counts = np.zeros(len(values), np.int64)
+        ends = np.cumsum([len(v) for v in values], dtype=np.int64)
+        chances = np.concatenate(values) if values else np.empty(0, np.float32)
+        rate = _allocate(chances, ends, tokens, self._table, self.overhead, self.scale, self.drafting, counts)
+        return Allocation(counts.tolist(), rate)
+
+    def fit(self) -> tuple[float, ...]:
+        """Overhead, scale and drafting that explain the observations best; ``adopt`` puts them to use."""
         used = self._weight > 0.01
         w, x, y = self._weight[used], self._mean_forward[used], self._mean_seconds[used]
-        typical = max(float(np.mean(x)), 1e-9)
-        overhead0, scale0 = self._start
-        # rows: observations, then the two priors, each in seconds
+        drafts = np.repeat([[0.0], [1.0]], self._weight.shape[1], axis=1)[used]
+        typical = max(float(np.mean(x)), 1e-9) if len(x) else self.forward(1)
+        # rows: observations, then the priors, each in seconds
+        units = np.array([1.0, typical, 1.0])
         a = np.concatenate(
-            [
-                np.stack([np.ones_like(x), x], 1) * np.sqrt(w)[:, None],
-                np.sqrt(PRIOR_WEIGHT) * np.array([[1, 0], [0, typical]]),
-            ]
+            [np.stack([np.ones_like(x), x, drafts], 1) * np.sqrt(w)[:, None], np.diag(units) * np.sqrt(PRIOR_WEIGHT)]
         )
-        b = np.concatenate([y * np.sqrt(w), np.sqrt(PRIOR_WEIGHT) * np.array([overhead0, scale0 * typical])])
-        (overhead, scale), *_ = np.linalg.lstsq(a, b, rcond=None)
-        return float(np.clip(overhead, 0.0, 1.0)), float(np.clip(scale, 0.2, 20.0))
+        b = np.concatenate([y * np.sqrt(w), np.array(START) * units * np.sqrt(PRIOR_WEIGHT)])
+        fitted, *_ = np.linalg.lstsq(a, b, rcond=None)
+        return tuple(np.clip(fitted, *LIMITS).tolist())
 
-    def adopt(self, fitted: tuple[float, float]) -> None:
-        """Estimate with this overhead and scale from now on (in a tensor-parallel group: those of its first rank)."""
-        self.overhead, self.scale = fitted
+    def adopt(self, fitted: tuple[float, ...]) -> None:
+        """Estimate with these from now on (in a tensor-parallel group: those of its first rank)."""
+        self.overhead, self.scale, self.drafting = fitted
 
 
 class Confidence:
@@ -124,30 +148,55 @@ class Confidence:
         self._came_true = self._came_true * keep + came_true
 
 
-def allocate(values: Sequence[NDArray[np.float32]], cost: StepCost, tokens: int) -> list[int]:
-    """Choose how many nodes of each request's tree are verified.
+class Allocation(NamedTuple):
+    """What ``StepCost.allocate`` chose.
 
-    Args:
-        values: per request the chance of each node to be accepted, in tree order, falling.
-        cost: what a step costs.
-        tokens: what the step computes without any drafts: one per decoding request.
-
-    Returns:
-        Per request, the length of the tree's prefix to verify, so that expected tokens per second are highest; all
-        zero if that promises less than ``GAIN`` over no drafts.
+    Attributes:
+        counts: per request, the length of the tree's prefix to verify.
+        rate: expected tokens per second of the step.
     """
-    counts = [0] * len(values)
-    sizes = [len(v) for v in values]
-    if not any(sizes):
-        return counts
-    chances = np.concatenate([np.minimum.accumulate(v) for v in values if len(v)]).astype(np.float64)
-    owner = np.repeat(np.arange(len(values)), sizes)
-    order = np.argsort(-chances, kind="stable")
-    expected = tokens + np.concatenate(([0.0], np.cumsum(chances[order])))
-    rate = expected / cost.seconds(tokens + np.arange(len(expected), dtype=np.float64))
-    best = int(np.argmax(rate))
-    if rate[best] < GAIN * rate[0]:
-        return counts
-    for row, count in zip(*np.unique(owner[order[:best]], return_counts=True), strict=True):
-        counts[row] = int(count)
-    return counts
+
+    counts: list[int]
+    rate: float
+
+
+@njit(cache=True)
+def _forward(table: FloatArray, tokens: int) -> float:
+    last = len(table) - 1
+    return table[tokens] if tokens <= last else table[last] * tokens / last
+
+
+@njit(cache=True)
+def _allocate(
+    chances: NDArray[np.float32],
+    ends: NDArray[np.int64],
+    tokens: int,
+    table: FloatArray,
+    overhead: float,
+    scale: float,
+    drafting: float,
+    counts: NDArray[np.int64],
+) -> float:
+    falling = chances.astype(np.float64)
+    owner = np.empty(len(chances), np.int64)
+    start = 0
+    for row in range(len(ends)):
+        for i in range(start, ends[row]):
+            owner[i] = row
+            if i > start:
+                falling[i] = min(falling[i], falling[i - 1])
+        start = ends[row]
+    order = np.argsort(-falling, kind="mergesort")
+    expected = float(tokens)
+    plain = expected / (overhead + scale * _forward(table, tokens))
+    best, best_rate = 0, plain
+    for i in range(len(order)):
+        expected += falling[order[i]]
+        rate = expected / (overhead + drafting + scale * _forward(table, tokens + i + 1))
+        if rate > best_rate:
+            best, best_rate = i + 1, rate
+    if best_rate < GAIN * plain:
+        return plain
+    for i in range(best):
+        counts[owner[order[i]]] += 1
+    return best_rate

@@ -11,19 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proposers import DraftTree
-from vllm_lookahead.budget import REFIT_EVERY, Confidence, StepCost, allocate
+from vllm_lookahead.budget import REFIT_EVERY, Confidence, StepCost
 
 UNKNOWN_CHANCE = 0.5
 """A node of a proposer that gives no probabilities is assumed to hold this often, if its parent does."""
 REST_AFTER = 4
-LONGEST_REST = 64
-"""After ``REST_AFTER`` steps without a node worth verifying, a request's proposer is asked ever more rarely, but at
-least once in ``LONGEST_REST`` steps."""
+"""After so many proposals in a row without a node worth verifying, a request's proposer is asked more rarely: the less
+its guesses have held, the more rarely (one in ten steps if they hold a tenth as often as promised)."""
 
 MEASURE_SECONDS = 1.0
-EXPLORE_EVERY = 16
+
 EXPLORE_STEPS = 24
+MOST_GAIN = 2.0
+"""Tokens per step that a lookahead branch may add at best; where even these would not pay, none is tried."""
+EXPLORE_SECONDS = 0.1
+EXPLORE_SHARE = 0.01
+"""What trying out branches that may not pay may cost: so much time, and this share of the time spent decoding."""
 GIVEN_UP = -1
+NO_CHANCES = np.empty(0, np.float32)
 
 
 class DraftPolicy(ABC):
@@ -63,18 +68,18 @@ class DraftPolicy(ABC):
     def observe_token(self, req_id: str, tree: DraftTree, token: int) -> None:  # noqa: B027 - a policy need not learn
         """Take note of the token that really followed, where a tree was proposed but not verified."""
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:  # noqa: B027 - a policy need not learn
-        """Take note of the wall time of a step that computed ``num_tokens`` tokens, all of them decoding."""
+    def observe_step(self, num_tokens: int, drafted: bool, seconds: float) -> None:  # noqa: B027 - a policy need not learn
+        """Take note of the wall time of a decoding step that computed so many tokens, drafts among them or not."""
 
     def refit_due(self) -> bool:
-        """Count a step; whether ``fit`` and ``adopt`` are to be called now."""
+        """Count a timed step; whether ``fit`` and ``adopt`` are to be called now."""
         return False
 
-    def fit(self) -> tuple[float, float]:
+    def fit(self) -> tuple[float, ...]:
         """See ``StepCost.fit``."""
         raise NotImplementedError
 
-    def adopt(self, fitted: tuple[float, float]) -> None:
+    def adopt(self, fitted: tuple[float, ...]) -> None:
         """See ``StepCost.adopt``."""
         raise NotImplementedError
 
@@ -105,22 +110,26 @@ class AutoBudget(DraftPolicy):
         self.cost = cost
         self.steps = 0
         self._confidence: dict[str, Confidence] = {}
-        self._resting: dict[str, int] = {}
+        self._idle: dict[str, int] = {}  # proposals in a row without a node worth verifying
+        self._rested: dict[str, int] = {}  # steps since the last proposal
         self._prior = Confidence()
         self._tokens = 0  # of the step that is being planned
         self._rate = 0.0  # tokens per second that it promises
         self._branch_steps: dict[str, int] = {}
-        self._branch_requests = 0
         self._branch_average = 0.5
+        # seconds, both by the cost model, so that all ranks agree
+        self._decoded = 0.0
+        self._explored = 0.0
+        self._seen: list[tuple[int, bool, float]] = []  # steps since the last fit: taking them in together is cheaper
 
     def wants_proposal(self, req_id: str) -> bool:
         """See ``DraftPolicy.wants_proposal``."""
-        idle = self._resting.get(req_id, 0)
-        rest = idle - REST_AFTER
-        if rest <= 0 or rest % LONGEST_REST == 0 or rest & (rest - 1) == 0:
+        if self._idle.get(req_id, 0) < REST_AFTER:
             return True
-        self._resting[req_id] = idle + 1
-        return False
+        rested = self._rested.get(req_id, 0) + 1
+        wanted = rested * self._of(req_id).factor >= 1.0
+        self._rested[req_id] = 0 if wanted else rested
+        return wanted
 
     def confidence(self, req_id: str) -> float:
         """See ``DraftPolicy.confidence``."""
@@ -128,33 +137,37 @@ class AutoBudget(DraftPolicy):
 
     def choose(self, req_ids: Sequence[str], trees: Sequence[DraftTree | None], limit: int) -> list[int]:
         """See ``DraftPolicy.choose``."""
-        none = np.empty(0, np.float32)
-        values = [none if tree is None else chances_of(tree)[:limit] for tree in trees]
-        counts = allocate(values, self.cost, len(req_ids))
-        tokens = len(req_ids) + sum(counts)
-        expected = len(req_ids) + sum(float(v[:count].sum()) for v, count in zip(values, counts, strict=True))
-        self._tokens, self._rate = tokens, expected / float(self.cost.seconds(tokens))
+        if not any(trees):
+            counts = [0] * len(trees)
+            self._tokens = len(req_ids)
+            self._rate = self._tokens / self.cost.seconds(self._tokens)
+        else:
+            values = [NO_CHANCES if tree is None else chances_of(tree)[:limit] for tree in trees]
+            counts, self._rate = self.cost.allocate(values, len(req_ids))
+            self._tokens = len(req_ids) + sum(counts)
+        self._decoded += self.cost.seconds(self._tokens, drafts=any(counts))
         for req_id, tree, count in zip(req_ids, trees, counts, strict=True):
-            if count:
-                self._resting[req_id] = 0
-            elif tree is not None:
-                self._resting[req_id] = self._resting.get(req_id, 0) + 1
+            if tree is not None:
+                self._idle[req_id] = 0 if count else self._idle.get(req_id, 0) + 1
         return counts
 
     def keeps_branch(self, req_id: str, tree: DraftTree, gain: float | None) -> bool:
         """The branch pays if what it adds to a step outweighs the tokens that could be had in the time it takes.
 
-        A new request is judged by the engine's average, one in ``EXPLORE_EVERY`` runs its branch for ``EXPLORE_STEPS``
-        steps all the same, so that the average follows what is being served; then each is judged by its own gain.
+        A new request is judged by the engine's average. Where that speaks against a branch, one is tried for
+        ``EXPLORE_STEPS`` steps all the same if the time that this may cost allows it, so that the average follows what
+        is being served; then each request is judged by its own gain.
         """
         steps = self._branch_steps.get(req_id)
+        if steps == GIVEN_UP:
+            return False
+        extra = self.cost.seconds(self._tokens + tree.num_branch) - self.cost.seconds(self._tokens)
+        price = self._rate * extra
         if steps is None:
-            self._branch_requests += 1
-            exploring = self._branch_requests % EXPLORE_EVERY == 1
-            steps = 0 if exploring or self._branch_pays(self._branch_average, tree) else GIVEN_UP
-        if steps != GIVEN_UP and gain is not None:
+            steps = 0 if self._branch_average > price or self._explores(price, extra) else GIVEN_UP
+        elif gain is not None:
             self._branch_average += 0.01 * (gain - self._branch_average)
-            if steps >= EXPLORE_STEPS and not self._branch_pays(gain, tree):
+            if steps >= EXPLORE_STEPS and gain <= price:
                 steps = GIVEN_UP
         keep = steps != GIVEN_UP
         if keep:
@@ -163,9 +176,12 @@ class AutoBudget(DraftPolicy):
         self._branch_steps[req_id] = steps
         return keep
 
-    def _branch_pays(self, gain: float, tree: DraftTree) -> bool:
-        extra = float(self.cost.seconds(self._tokens + tree.num_branch) - self.cost.seconds(self._tokens))
-        return gain > self._rate * extra
+    def _explores(self, price: float, extra: float) -> bool:
+        """Whether to try out a branch that would not pay by the engine's average, at ``extra`` seconds a step."""
+        if price >= MOST_GAIN or self._explored > EXPLORE_SECONDS + EXPLORE_SHARE * self._decoded:
+            return False
+        self._explored += EXPLORE_STEPS * extra
+        return True
 
     def observe_walk(self, req_id: str, tree: DraftTree, num_nodes: int, path: NDArray[np.int32]) -> None:
         """See ``DraftPolicy.observe_walk``."""
@@ -175,19 +191,20 @@ class AutoBudget(DraftPolicy):
 
     def observe_token(self, req_id: str, tree: DraftTree, token: int) -> None:
         """See ``DraftPolicy.observe_token``."""
-        first = (tree.parents == -1) & (np.arange(len(tree)) < tree.num_guesses)
-        promised = float(chances_of(tree)[first[: tree.num_guesses]].sum())
-        self._observe(req_id, promised, float(token in tree.token_ids[first]))
+        n = tree.num_guesses
+        promised, held = _promises_at_root(tree.parents[:n], chances_of(tree), tree.token_ids, token)
+        self._observe(req_id, promised, held)
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
+    def observe_step(self, num_tokens: int, drafted: bool, seconds: float) -> None:
         """See ``DraftPolicy.observe_step``."""
-        self.cost.observe(num_tokens, seconds)
+        self._seen.append((num_tokens, drafted, seconds))
 
     def finish(self, req_ids: Iterable[str]) -> None:
         """See ``DraftPolicy.finish``."""
         for req_id in req_ids:
             self._confidence.pop(req_id, None)
-            self._resting.pop(req_id, None)
+            self._idle.pop(req_id, None)
+            self._rested.pop(req_id, None)
             self._branch_steps.pop(req_id, None)
 
     def refit_due(self) -> bool:
@@ -195,11 +212,14 @@ class AutoBudget(DraftPolicy):
         self.steps += 1
         return self.steps % REFIT_EVERY == 0
 
-    def fit(self) -> tuple[float, float]:
+    def fit(self) -> tuple[float, ...]:
         """See ``DraftPolicy.fit``."""
+        for num_tokens, drafted, seconds in self._seen:
+            self.cost.observe(num_tokens, drafted, seconds)
+        self._seen.clear()
         return self.cost.fit()
 
-    def adopt(self, fitted: tuple[float, float]) -> None:
+    def adopt(self, fitted: tuple[float, ...]) -> None:
         """See ``DraftPolicy.adopt``."""
         self.cost.adopt(fitted)
 
@@ -268,3 +288,15 @@ def _promises(parents, chances, path):  # type: ignore[no-untyped-def]
         here = path[visited]
         reached = max(chances[here], 1e-6)
     return promised, float(held)
+
+
+@numba.njit(cache=True)
+def _promises_at_root(parents, chances, token_ids, token):  # type: ignore[no-untyped-def]
+    """As ``_promises``, of a walk that ends at the root because ``token`` was sampled there and no node verified."""
+    promised, held = 0.0, 0.0
+    for node in range(len(parents)):
+        if parents[node] == -1:
+            promised += chances[node]
+            if token_ids[node] == token:
+                held = 1.0
+    return min(1.0, promised), held

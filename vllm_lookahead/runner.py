@@ -44,9 +44,14 @@ MOST_MEASURED_TOKENS = 512
 """The step cost is measured up to this many tokens and extrapolated beyond."""
 
 
+TIME_EVERY = 4
+"""One in so many steps is timed: the bookkeeping costs about as much as proposing does."""
+
+
 class _TimedStep(NamedTuple):
     start: float
     num_tokens: int
+    drafted: bool
     req_ids: frozenset[str]
 
 
@@ -77,7 +82,9 @@ class LookaheadRunnerMixin(Base):
         self.policy: DraftPolicy = FixedBudget(self.num_spec_tokens)
         self._proposed: dict[str, DraftTree] = {}
         self._unverified: dict[str, DraftTree] = {}
+        self._steps = 0
         self._last_step: _TimedStep | None = None
+        self._has_trees = False  # in the step that was prepared last
         self._step: StepTrees | None = None
         self._walks: Walks | None = None
         self._argmax: NDArray[np.int64] | None = None
@@ -150,49 +157,78 @@ class LookaheadRunnerMixin(Base):
 
     def _observe_step_time(self, scheduler_output: SchedulerOutput) -> None:
         """Time from step to step, where both decode only and nothing was idle in between."""
-        now = time.perf_counter()
+        self._steps += 1
         last, self._last_step = self._last_step, None
+        if last is None and self._steps % TIME_EVERY:
+            return
+        now = time.perf_counter()
         req_ids = scheduler_output.num_scheduled_tokens
-        if last is not None and not last.req_ids.isdisjoint(req_ids):
-            self.policy.observe_step(last.num_tokens, now - last.start)
+        if last is not None:
+            if not last.req_ids.isdisjoint(req_ids):
+                self.policy.observe_step(last.num_tokens, last.drafted, now - last.start)
+            return
         if self.policy.refit_due():
             self.policy.adopt(self._agree(self.policy.fit()))
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        if req_ids and all(n == 1 + len(drafts.get(req_id, ())) for req_id, n in req_ids.items()):
-            self._last_step = _TimedStep(now, scheduler_output.total_num_scheduled_tokens, frozenset(req_ids))
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        # every row has at least one token beside its drafts; only a decoding row has no more
+        if req_ids and num_tokens == len(req_ids) + sum(map(len, drafts.values())):
+            self._last_step = _TimedStep(now, num_tokens, bool(drafts), frozenset(req_ids))
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self._observe_step_time(scheduler_output)
-        self.drafter.finish(scheduler_output.finished_req_ids)
-        self.policy.finish(scheduler_output.finished_req_ids)
-        for req_id in scheduler_output.finished_req_ids:
-            self._proposed.pop(req_id, None)
-            self._unverified.pop(req_id, None)
+        if scheduler_output.finished_req_ids:
+            self.drafter.finish(scheduler_output.finished_req_ids)
+            self.policy.finish(scheduler_output.finished_req_ids)
+            for req_id in scheduler_output.finished_req_ids:
+                self._proposed.pop(req_id, None)
+                self._unverified.pop(req_id, None)
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        if not drafts:
+            self._step = None
+            if self._proposed:
+                self._forget_proposed(scheduler_output)
+            if self._has_trees:
+                self._has_trees = False
+                self.set_trees(None)
+            # prepared as without speculation, which costs less
+            config = self.vllm_config.speculative_config
+            self.speculative_config = None
+            try:
+                return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+            finally:
+                self.speculative_config = config
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        step = StepTrees.build(self.input_batch.req_ids, scheduler_output.scheduled_spec_decode_tokens, self._proposed)
-        self._step = step
-        # a request that the scheduler left out of this step keeps its drafts there, and its tree here
-        scheduled = scheduler_output.num_scheduled_tokens
-        self._proposed = {req_id: tree for req_id, tree in self._proposed.items() if req_id not in scheduled}
+        step = self._step = StepTrees.build(self.input_batch.req_ids, drafts, self._proposed)
+        self._forget_proposed(scheduler_output)
         if self.trees_verifiable:
             trees = TreeRows.of(step, self.query_start_loc.np, self.optimistic_seq_lens_cpu.numpy())
             if trees is not None:
                 # RoPE positions follow the depth; KV slots keep the flat positions that they were computed from
                 device = self.positions.device
                 self.positions[torch.from_numpy(trees.tokens).to(device)] = torch.from_numpy(trees.positions).to(device)
+            self._has_trees = trees is not None
             self.set_trees(trees)
         return result
 
+    def _forget_proposed(self, scheduler_output: SchedulerOutput) -> None:
+        # a request that the scheduler left out of this step keeps its drafts there, and its tree here
+        scheduled = scheduler_output.num_scheduled_tokens
+        self._proposed = {req_id: tree for req_id, tree in self._proposed.items() if req_id not in scheduled}
+
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         step = self._step
-        if logits is None or step is None:
+        if logits is None:
             return super()._sample(logits, spec_decode_metadata)
+        if step is None:
+            batch = self.input_batch
+            discard = self.discard_request_mask.np[: batch.num_reqs]
+            return self.tree_sampler.sample_roots(logits, batch.sampling_metadata, discard)
         rows = step.num_rows
-        needs_argmax = self.drafter.proposer.needs_argmax and len(step.tokens) > 0
-        self._argmax = self.tree_sampler.argmax(logits) if needs_argmax else None
+        self._argmax = self.tree_sampler.argmax(logits) if self.drafter.proposer.needs_argmax else None
         output, walks = self.tree_sampler(
             logits,
             self.input_batch.sampling_metadata,
@@ -209,7 +245,10 @@ class LookaheadRunnerMixin(Base):
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds the generators of rows whose sample is discarded. Ours never drew, and CPU generators can't.
-        generators, self.input_batch.generators = self.input_batch.generators, {}
+        generators = self.input_batch.generators
+        if not generators:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        self.input_batch.generators = {}
         try:
             return super()._bookkeeping_sync(*args, **kwargs)
         finally:
@@ -239,6 +278,8 @@ class LookaheadRunnerMixin(Base):
         if self.drafter.proposer.separate_branch and self.trees_verifiable and limit > 0:
             self._run_branches(sampled_token_ids, common_attn_metadata)
         trees = [self._propose_row(row, limit) if sampled else None for row, sampled in enumerate(sampled_token_ids)]
+        if not any(trees) and not self.drafter.proposer.separate_branch:
+            return [[] for _ in trees]
         counts = self.policy.choose(req_ids, trees, limit)
         drafts: list[list[int]] = []
         for req_id, tree, count in zip(req_ids, trees, counts, strict=True):
@@ -293,10 +334,12 @@ class LookaheadRunnerMixin(Base):
 
     def _propose_row(self, row: int, limit: int) -> DraftTree | None:
         batch = self.input_batch
+        req_id = batch.req_ids[row]
+        if not self.policy.wants_proposal(req_id):
+            return None
         num_tokens = int(batch.num_tokens_no_spec[row])
         limit = min(limit, self.max_model_len - num_tokens - 1)
-        req_id = batch.req_ids[row]
-        if limit <= 0 or not self.policy.wants_proposal(req_id):
+        if limit <= 0:
             return None
         params = self.requests[req_id].sampling_params
         if params is not None and getattr(params, "thinking_token_budget", None) is not None:
@@ -314,12 +357,12 @@ class LookaheadRunnerMixin(Base):
         step, walks, argmax = self._step, self._walks, self._argmax
         self._step = self._walks = self._argmax = None
         unverified, self._unverified = self._unverified, {}
-        if step is None or walks is None:
-            return
         for req_id, dropped in unverified.items():
             at = self.input_batch.req_id_to_index.get(req_id)
             if at is not None and at < len(sampled_token_ids) and sampled_token_ids[at]:
                 self.policy.observe_token(req_id, dropped, sampled_token_ids[at][0])
+        if step is None or walks is None:
+            return
         for row, sampled in enumerate(sampled_token_ids):
             tree = step.trees[row] if row < step.num_rows else None
             if tree is None or not sampled:

@@ -85,29 +85,30 @@ class TreeSampler:
             output_token_ids: each row's output so far: the very lists that vLLM's processors hold. They are extended
                 during the walk and restored before returning.
         """
-        if len(step.tokens) == 0:
-            return self._sample_roots(logits, metadata, step, discard)
         plain = is_plain(metadata)
         if metadata.all_greedy and plain and metadata.max_num_logprobs is None:
             walks = walk_all(step, self.argmax(logits))
             return _output(walks, None), walks
         return self._walk_by_depth(logits, metadata, step, discard, output_token_ids, plain)
 
-    def argmax(self, logits: torch.Tensor) -> NDArray[np.int64]:
-        """int64 [rows]: the most likely token of each logits row, chosen as vLLM's greedy sampling does."""
-        return self.sampler.greedy_sample(logits.to(torch.float32)).cpu().numpy()
+    def sample_roots(
+        self, logits: torch.Tensor, metadata: SamplingMetadata, discard: NDArray[np.bool_]
+    ) -> SamplerOutput:
+        """A step without drafts: vLLM's own sampling (which may write to ``logits``).
 
-    def _sample_roots(
-        self, logits: torch.Tensor, metadata: SamplingMetadata, step: StepTrees, discard: NDArray[np.bool_]
-    ) -> tuple[SamplerOutput, Walks]:
-        """A step without drafts: exactly vLLM's own sampling (which may write to ``logits``)."""
+        Args:
+            logits: float [rows, vocabulary].
+            metadata: as for ``__call__``.
+            discard: bool [rows], as for ``__call__``.
+        """
         if metadata.generators and discard.any():
             drawing = {row: generator for row, generator in metadata.generators.items() if not discard[row]}
             metadata = replace(metadata, generators=drawing)
-        out = self.sampler(logits, replace(metadata, spec_token_ids=None))
-        rows = step.num_rows
-        walks = Walks(out.sampled_token_ids.cpu().numpy(), np.full((rows, 1), -1, np.int32), np.ones(rows, np.int32))
-        return out, walks
+        return self.sampler(logits, metadata)
+
+    def argmax(self, logits: torch.Tensor) -> NDArray[np.int64]:
+        """int64 [rows]: the most likely token of each logits row, chosen as vLLM's greedy sampling does."""
+        return self.sampler.greedy_sample(logits.to(torch.float32)).cpu().numpy()
 
     def _walk_by_depth(
         self,
