@@ -40,15 +40,12 @@ class RequestProposer(ABC):
     """The guesses for one request, from its first token to its last.
 
     Attributes:
-        confidence: set by the engine before each ``propose``: how often this request's guesses have held, against what
-            ``DraftTree.chances`` promised at each depth. 1.0: just as often.
         chains_only: set by the engine before the first ``propose``: the request's trees are cut down to their first
             path, so a lookahead branch would be wasted.
         branch_gain: tokens per step that the lookahead branch has been adding lately, measured by the proposer; None
-            if it has no branch.
+            if it has no branch or nothing is known yet.
     """
 
-    confidence: float = 1.0
     chains_only: bool = False
     branch_gain: float | None = None
 

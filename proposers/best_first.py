@@ -4,8 +4,8 @@ Every source of guesses (matches in the context, n-grams of the pool) is brought
 followed some earlier place which agrees with the end of the context in its last ``match`` tokens. Candidates that share
 a prefix share nodes. A node's probability is its parent's times the share of the parent's candidates which go there,
 weighted by how long they match and how recent they are, times the chance that any candidate of the parent is right at
-all, which also grows with the length of the match. Nodes are emitted by falling probability, so that a prefix of the
-tree is the best tree of its size, and the first child of a node is its likeliest.
+all, which also grows with the length of the match and is learnt (``calibration``). Nodes are emitted by falling
+probability, so that a prefix of the tree is the best tree of its size, and the first child of a node is its likeliest.
 
 All arithmetic is plain IEEE in a fixed order: every tensor-parallel rank gets the same tree.
 """
@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from proposers.tree import FloatArray, IntArray
 
 MAX_MATCH = 16
 """Longer matches count as this long."""
 
-# Chance that the next token is among the candidates' when the longest of them matches this many tokens. Measured on
-# Python source; a model that repeats itself has more, sampling at temperature 0.8 less: `budget: auto` corrects for it.
-HIT = np.array([0.0, 0.42, 0.57, 0.60, 0.66, 0.68, 0.72, 0.74, 0.76, 0.79, 0.81, 0.84, 0.86, 0.88, 0.89, 0.90, 0.95])
 # Weight of one candidate beside others, by the length of its match, and how fast it falls with its place in the order.
 # Measured on replayed Python source: 1.4 to 2 and 0.1 to 0.3 are equally good, no decay or a faster one costs 1-3%.
 WEIGHT = 1.7 ** np.arange(MAX_MATCH + 1)
-DECAY = 0.2
+DECAY = 0.5
 
 
 @njit(cache=True)
@@ -37,7 +35,7 @@ def grow_tree(
     count: int,
     budget: int,
     threshold: float,
-    confidence: float,
+    hit: NDArray[np.float64],
     out: IntArray,
     chances: FloatArray,
 ) -> int:
@@ -50,8 +48,10 @@ def grow_tree(
         count: number of candidates, most trusted first.
         budget: most nodes.
         threshold: leave out nodes that are less probable than this.
-        confidence: factor of the chance at every depth that one of the candidates is right.
-        out: int32 [3, >= budget], receives the nodes' tokens, parents and depths.
+        hit: float64 [``MAX_MATCH`` + 1], the chance that one of the candidates is right when the longest of them
+            matches that many tokens.
+        out: int32 [4, >= budget], receives the nodes' tokens, parents and depths, and which entry of ``hit`` each node
+            and its siblings relied on.
         chances: float32 [>= budget], receives their probabilities.
 
     Returns:
@@ -66,7 +66,7 @@ def grow_tree(
     moved = np.empty(count, np.int32)
     child_of = np.empty(count, np.int32)
     room = count * depth_limit + 1
-    entry = np.empty((5, room), np.int32)  # open nodes: token, parent, depth, first and last + 1 in order
+    entry = np.empty((6, room), np.int32)  # open nodes: token, parent, depth, first and last + 1 in order, match
     score = np.empty(room, np.float64)
     heap = np.empty(room, np.int32)
     child_weight = np.empty(count, np.float64)
@@ -121,7 +121,8 @@ def grow_tree(
                     child_start[c] += 1
             for k in range(low, start):
                 order[k] = moved[k]
-            chance = probability * min(1.0, confidence * HIT[min(longest + depth, MAX_MATCH)])
+            match = min(longest + depth, MAX_MATCH)
+            chance = probability * hit[match]
             first = low
             for c in range(children):
                 last = child_start[c]
@@ -132,6 +133,7 @@ def grow_tree(
                     entry[2, entries] = depth + 1
                     entry[3, entries] = first
                     entry[4, entries] = last
+                    entry[5, entries] = match
                     score[entries] = p
                     # Sift up; among equals the older entry stays above.
                     at = heaped
@@ -177,5 +179,6 @@ def grow_tree(
         out[0, nodes] = entry[0, top]
         out[1, nodes] = entry[1, top]
         out[2, nodes] = depth
+        out[3, nodes] = entry[5, top]
         chances[nodes] = probability
         nodes += 1

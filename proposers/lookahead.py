@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from proposers import ngram_pool
 from proposers.base import Proposer, RequestProposer, Verified
 from proposers.best_first import grow_tree
+from proposers.calibration import CHANCE, Calibration, Float64Array, learn
 from proposers.context_index import ContextIndex
 from proposers.jacobi_window import STEPS, JacobiWindow, advance, comb_size, largest_comb, store_tips, write_comb
 from proposers.ngram_pool import NgramPool, gather_guesses
@@ -85,8 +86,9 @@ class Lookahead(Proposer):
         self.separate_branch = options.branch == "separate"
         self.needs_argmax = not self.separate_branch
         most = options.max_draft_tokens + largest_comb(options.window_size, options.ngram_size)
-        self._nodes = np.empty((3, most), np.int32)
-        self._without = np.empty((3, options.max_draft_tokens), np.int32)
+        self._nodes = np.empty((4, most), np.int32)
+        self._without = np.empty((4, options.max_draft_tokens), np.int32)
+        self._calibration = Calibration()
         self._chances = np.empty((2, most), np.float32)
 
     def start(self, request_id: str, prompt: IntArray) -> LookaheadRequest:
@@ -113,13 +115,17 @@ class LookaheadRequest(RequestProposer):
     ``observe_branch``; ``propose``, the verifying forward, ``observe``. The two halves may come in either order.
     """
 
-    branch_gain: float = 1.0
-
     def __init__(self, proposer: Lookahead, request_id: str, prompt: IntArray) -> None:
         o = proposer.options
         self._options = o
         # shared scratch: proposers run in one thread
         self._scratch = (proposer._nodes, proposer._without, proposer._chances)
+        self._learnt = (proposer._calibration.state, proposer._calibration.start())
+        self._last = np.empty_like(
+            proposer._nodes
+        )  # the guesses proposed last, how many, and the context's length then
+        self._last_size = 0
+        self._last_length = 0
         self._window = JacobiWindow(o.window_size, o.ngram_size, request_id)
         self._pool = NgramPool(o.ngram_size, o.guess_set_size)
         self._index = ContextIndex(o.min_ngram, o.max_ngram)
@@ -130,6 +136,7 @@ class LookaheadRequest(RequestProposer):
         if o.prompt_lookup:
             self._index.reserve(len(prompt))
         self._baseline: DraftTree | None = None  # what prompt lookup alone would have guessed
+        self._gains = 0  # how many steps ``branch_gain`` was taken from
         self._due = False  # it is the window's turn to be evaluated
         self._settings = (
             o.prompt_lookup,
@@ -163,7 +170,10 @@ class LookaheadRequest(RequestProposer):
             store_tips(self._window.state, argmax, tree.num_guesses, verified.num_nodes - tree.num_guesses)
         if self._baseline is not None:
             without = _walk_length(self._baseline.token_ids, self._baseline.parents, verified.tokens)
-            self.branch_gain += GAIN_RATE * (max(0, len(verified.path) - without) - self.branch_gain)
+            gain = max(0, len(verified.path) - without)
+            self._gains += 1
+            before = self.branch_gain or 0.0
+            self.branch_gain = before + max(GAIN_RATE, 1 / self._gains) * (gain - before)
 
     def observe_branch(self, tree: DraftTree, argmax: IntArray) -> None:
         """Take the tips' argmax out of a forward over the comb alone.
@@ -189,23 +199,28 @@ class LookaheadRequest(RequestProposer):
         if self._options.prompt_lookup:
             self._index.reserve(len(context))
         nodes, without, chances = self._scratch
+        if with_guesses:
+            nodes = self._last
         guessed, comb, baseline, self._due = _propose(
             self._index.state,
             self._pool.state,
             self._window.state,
             context,
+            self._last_length,
+            *self._learnt,
             nodes,
+            self._last_size,
             without,
             chances,
             int(budget),
-            float(self.confidence),
             with_guesses,
             with_comb and not self.chains_only,
             *self._settings,
         )
         if with_guesses:
-            self._baseline = DraftTree(*without[:, :baseline].copy())
-        nodes = nodes[:, : guessed + comb].copy()
+            self._last_size, self._last_length = guessed, len(context)
+            self._baseline = DraftTree(*without[:3, :baseline].copy())
+        nodes = nodes[:3, : guessed + comb].copy()
         return DraftTree(nodes[0], nodes[1], nodes[2], comb, chances[0, :guessed].copy())
 
 
@@ -215,11 +230,14 @@ def _propose(
     pool: IntArray,
     window: IntArray,
     context: IntArray,
+    last_length: int,
+    engine: Float64Array,
+    learnt: Float64Array,
     nodes: IntArray,
+    last_size: int,
     without: IntArray,
     chances: FloatArray,
     budget: int,
-    confidence: float,
     with_guesses: bool,
     with_comb: bool,
     prompt_lookup: bool,
@@ -233,7 +251,8 @@ def _propose(
     max_draft_tokens: int,
     min_probability: float,
 ) -> tuple[int, int, int, bool]:
-    """One step, in one call: bring window, pool and index up to date and write the tree to ``nodes``.
+    """One step, in one call: learn from the last guesses (in ``nodes``, ``last_size`` of them, made at ``last_length``
+    tokens), bring window, pool and index up to date and write the tree to ``nodes``.
 
     Returns:
         The number of guessed nodes, the number of comb nodes, which follow them, the size of the tree of prompt
@@ -247,6 +266,9 @@ def _propose(
     guessed = 0
     baseline = 0
     if with_guesses:
+        if last_size > 0:
+            learn(engine, learnt, nodes, last_size, context[last_length:])
+        hit = learnt[CHANCE]
         # Where both don't fit, each gets half, and the guesses what the comb leaves.
         room = min(max_draft_tokens, max(budget - comb, (budget + 1) // 2))
         guesses = pool[ngram_pool.GUESSES]
@@ -263,15 +285,11 @@ def _propose(
         matches[count : count + pooled] = POOL_MATCH
         if pooled > 0:
             most = min(room, without.shape[1])
-            baseline = grow_tree(
-                tokens, lengths, matches, count, most, min_probability, confidence, without, chances[1]
-            )
-        guessed = grow_tree(
-            tokens, lengths, matches, count + pooled, room, min_probability, confidence, nodes, chances[0]
-        )
+            baseline = grow_tree(tokens, lengths, matches, count, most, min_probability, hit, without, chances[1])
+        guessed = grow_tree(tokens, lengths, matches, count + pooled, room, min_probability, hit, nodes, chances[0])
         if pooled == 0:
             baseline = min(guessed, without.shape[1])
-            without[:, :baseline] = nodes[:, :baseline]
+            without[:3, :baseline] = nodes[:3, :baseline]
     if comb > 0:
         comb = write_comb(window, guessed, min(comb, budget - guessed), nodes)
     return guessed, comb, baseline, due

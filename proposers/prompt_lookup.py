@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from proposers.base import Proposer, ProposerOptions, RequestProposer
 from proposers.best_first import MAX_MATCH, grow_tree
+from proposers.calibration import CHANCE, Calibration, Float64Array, learn
 from proposers.context_index import ContextIndex, extend, find
 from proposers.registry import register
 from proposers.tree import DraftTree, FloatArray, IntArray
@@ -27,8 +28,8 @@ class PromptLookupOptions(ProposerOptions):
 
     max_ngram: int = Field(4, ge=1, le=MAX_NGRAM, description="Longest suffix of the context that is looked up.")
     min_ngram: int = Field(1, ge=1, le=MAX_NGRAM, description="Shortest suffix of the context that is looked up.")
-    max_draft_tokens: int = Field(32, ge=1, le=1024, description="Most nodes of the draft tree.")
-    max_depth: int = Field(16, ge=1, le=128, description="Longest guess, in tokens.")
+    max_draft_tokens: int = Field(48, ge=1, le=1024, description="Most nodes of the draft tree.")
+    max_depth: int = Field(48, ge=1, le=128, description="Longest guess, in tokens.")
     max_matches: int = Field(32, ge=1, le=256, description="Most earlier places whose continuations are merged.")
     min_probability: float = Field(
         0.002, ge=0.0, le=1.0, description="Nodes estimated to be accepted less often than this are left out."
@@ -56,7 +57,8 @@ class PromptLookup(Proposer):
     def __init__(self, options: PromptLookupOptions) -> None:
         super().__init__(options)
         o = options
-        self._nodes = np.empty((3, o.max_draft_tokens), np.int32)
+        self._nodes = np.empty((4, o.max_draft_tokens), np.int32)
+        self._calibration = Calibration()
         self._chances = np.empty(o.max_draft_tokens, np.float32)
         self._settings = (o.min_ngram, o.max_ngram, o.max_matches, o.max_depth, o.min_probability)
 
@@ -71,9 +73,12 @@ class PromptLookup(Proposer):
 
 class _PromptLookupRequest(RequestProposer):
     def __init__(self, proposer: PromptLookup, prompt_length: int) -> None:
-        self._nodes = proposer._nodes  # shared scratch: proposers run in one thread
-        self._chances = proposer._chances
+        self._chances = proposer._chances  # shared scratch: proposers run in one thread
         self._settings = proposer._settings
+        self._learnt = (proposer._calibration.state, proposer._calibration.start())
+        self._last = np.empty_like(proposer._nodes)  # the tree proposed last
+        self._last_size = 0
+        self._length = 0
         self._index = ContextIndex(*self._settings[:2])
         self._index.reserve(prompt_length)
 
@@ -82,15 +87,18 @@ class _PromptLookupRequest(RequestProposer):
         size = _propose(
             self._index.state,
             context,
-            self._nodes,
+            self._length,
+            *self._learnt,
+            self._last,
+            self._last_size,
             self._chances,
             int(budget),
-            float(self.confidence),
             *self._settings,
         )
+        self._last_size, self._length = size, len(context)
         if size == 0:
             return NO_GUESS
-        nodes = self._nodes[:, :size].copy()
+        nodes = self._last[:3, :size].copy()
         return DraftTree(nodes[0], nodes[1], nodes[2], 0, self._chances[:size].copy())
 
 
@@ -98,23 +106,30 @@ class _PromptLookupRequest(RequestProposer):
 def _propose(
     state: IntArray,
     context: IntArray,
+    length: int,
+    engine: Float64Array,
+    learnt: Float64Array,
     nodes: IntArray,
+    size: int,
     chances: FloatArray,
     budget: int,
-    confidence: float,
     min_ngram: int,
     max_ngram: int,
     max_matches: int,
     max_depth: int,
     min_probability: float,
 ) -> int:
-    """Bring the index up to date and write the tree to ``nodes`` (int32 [3, m]) and ``chances``; returns its size."""
+    """Learn from the last tree, which is in ``nodes`` (int32 [4, m]) and began at ``length`` tokens; bring the index up
+    to date and write the next tree to ``nodes`` and ``chances``; returns its size.
+    """
+    if size > 0:
+        learn(engine, learnt, nodes, size, context[length:])
     tokens = np.empty((max_matches, max_depth), np.int32)
     matches = np.empty(max_matches, np.int32)
     count = gather_matches(state, context, min_ngram, max_ngram, tokens, matches)
     lengths = np.full(max_matches, max_depth, np.int32)
     return grow_tree(
-        tokens, lengths, matches, count, min(budget, nodes.shape[1]), min_probability, confidence, nodes, chances
+        tokens, lengths, matches, count, min(budget, nodes.shape[1]), min_probability, learnt[CHANCE], nodes, chances
     )
 
 

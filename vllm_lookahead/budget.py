@@ -1,8 +1,9 @@
 """The budget controller: how many draft nodes each request gets in each step, down to none.
 
 A step that verifies nodes costs more than one that does not, and a node is worth only the chance that it is accepted.
-Both sides are measured: ``StepCost`` knows what a step costs by the number of tokens it computes, ``Confidence`` how
-far a request's proposer can be trusted. ``StepCost.allocate`` takes the nodes that raise expected tokens per second.
+Both sides are measured: ``StepCost`` knows what a step costs by the number of tokens it computes, and the proposers
+learn what their guesses are worth (``proposers.calibration``; ``Confidence`` stands in for those that don't say).
+``StepCost.allocate`` takes the nodes that raise expected tokens per second.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class StepCost:
 
     def __init__(self, sizes: Sequence[int], seconds: Sequence[float]) -> None:
         self._sizes = np.asarray(sizes, np.float64)
-        # more tokens never cost less: what looks like it is noise
-        self._forward = np.maximum.accumulate(np.asarray(seconds, np.float64))
+        # fewer tokens never cost more: what looks like it is noise, which only ever adds time
+        self._forward = np.minimum.accumulate(np.asarray(seconds, np.float64)[::-1])[::-1]
         self._table = np.interp(np.arange(sizes[-1] + 1), self._sizes, self._forward)
         self.overhead, self.scale, self.drafting = START
         buckets = (2, 64)  # without and with drafts
@@ -123,9 +124,9 @@ class StepCost:
 
 
 class Confidence:
-    """How often one request's guesses hold, against what its proposer promised.
+    """How often one request's guesses hold, against what was assumed of a proposer that gives no chances.
 
-    At every node that a walk visits, the proposer has promised some probability that one of the node's children is
+    At every node that a walk visits, the tree has promised some probability that one of the node's children is
     right. ``factor`` is the ratio of what came true to what was promised, recent steps counting most; a new request
     starts from the engine's running average.
     """

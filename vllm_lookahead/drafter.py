@@ -55,7 +55,6 @@ class Drafter:
         num_prompt_tokens: int,
         budget: int,
         *,
-        confidence: float = 1.0,
         chain: bool = False,
     ) -> DraftTree | None:
         """The next tree of one request.
@@ -65,7 +64,6 @@ class Drafter:
             context: int32 [t], prompt and output so far.
             num_prompt_tokens: how much of ``context`` is the prompt.
             budget: most nodes.
-            confidence: see ``RequestProposer.confidence``.
             chain: only a chain can be verified: the tree's first path is returned.
 
         Returns:
@@ -77,7 +75,6 @@ class Drafter:
             request = self._requests[req_id]
             if request is None:
                 return None
-            request.confidence = confidence
             request.chains_only = chain
             tree = request.propose(context, budget)
             if len(tree) > budget:

@@ -14,12 +14,15 @@ from proposers import DraftTree
 from vllm_lookahead.budget import REFIT_EVERY, Confidence, StepCost
 
 UNKNOWN_CHANCE = 0.5
-"""A node of a proposer that gives no probabilities is assumed to hold this often, if its parent does."""
+"""A node of a proposer that gives no probabilities is assumed to hold this often if its parent does, at first; then
+``Confidence`` corrects it."""
 REST_AFTER = 4
-"""After so many proposals in a row without a node worth verifying, a request's proposer is asked more rarely: the less
-its guesses have held, the more rarely (one in ten steps if they hold a tenth as often as promised)."""
+LONGEST_REST = 16
+"""After ``REST_AFTER`` proposals in a row without a node worth verifying, a request's proposer is asked only in every
+second step, after twice as many in every third, and so on, but at least once in ``LONGEST_REST`` steps."""
 
 MEASURE_SECONDS = 1.0
+MEASURE_ROUNDS = 4
 
 EXPLORE_STEPS = 24
 MOST_GAIN = 2.0
@@ -27,6 +30,8 @@ MOST_GAIN = 2.0
 EXPLORE_SECONDS = 0.1
 EXPLORE_SHARE = 0.01
 """What trying out branches that may not pay may cost: so much time, and this share of the time spent decoding."""
+RATE_SECONDS = 0.5
+"""Over about how much decoding the tokens per second are averaged that a branch's time is weighed against."""
 GIVEN_UP = -1
 NO_CHANCES = np.empty(0, np.float32)
 
@@ -37,10 +42,6 @@ class DraftPolicy(ABC):
     def wants_proposal(self, req_id: str) -> bool:
         """Whether it is worth asking this request's proposer at all."""
         return True
-
-    def confidence(self, req_id: str) -> float:
-        """The factor by which this request's proposer should trust its guesses."""
-        return 1.0
 
     @abstractmethod
     def choose(self, req_ids: Sequence[str], trees: Sequence[DraftTree | None], limit: int) -> list[int]:
@@ -114,9 +115,11 @@ class AutoBudget(DraftPolicy):
         self._rested: dict[str, int] = {}  # steps since the last proposal
         self._prior = Confidence()
         self._tokens = 0  # of the step that is being planned
-        self._rate = 0.0  # tokens per second that it promises
+        self._average_rate = 0.0  # tokens per second that the last steps promised
         self._branch_steps: dict[str, int] = {}
-        self._branch_average = 0.5
+        self._branch_average = 0.5  # tokens per step that branches add
+        self._branch_nodes = 0  # of the largest branch so far
+        self._explorer: str | None = None  # the request that tries a branch which may not pay
         # seconds, both by the cost model, so that all ranks agree
         self._decoded = 0.0
         self._explored = 0.0
@@ -124,28 +127,31 @@ class AutoBudget(DraftPolicy):
 
     def wants_proposal(self, req_id: str) -> bool:
         """See ``DraftPolicy.wants_proposal``."""
-        if self._idle.get(req_id, 0) < REST_AFTER:
+        idle = self._idle.get(req_id, 0)
+        if idle < REST_AFTER:
             return True
         rested = self._rested.get(req_id, 0) + 1
-        wanted = rested * self._of(req_id).factor >= 1.0
+        wanted = rested > min(idle // REST_AFTER, LONGEST_REST - 1)
         self._rested[req_id] = 0 if wanted else rested
         return wanted
-
-    def confidence(self, req_id: str) -> float:
-        """See ``DraftPolicy.confidence``."""
-        return self._of(req_id).factor
 
     def choose(self, req_ids: Sequence[str], trees: Sequence[DraftTree | None], limit: int) -> list[int]:
         """See ``DraftPolicy.choose``."""
         if not any(trees):
             counts = [0] * len(trees)
-            self._tokens = len(req_ids)
-            self._rate = self._tokens / self.cost.seconds(self._tokens)
+            rate = len(req_ids) / self.cost.seconds(len(req_ids))
         else:
-            values = [NO_CHANCES if tree is None else chances_of(tree)[:limit] for tree in trees]
-            counts, self._rate = self.cost.allocate(values, len(req_ids))
-            self._tokens = len(req_ids) + sum(counts)
-        self._decoded += self.cost.seconds(self._tokens, drafts=any(counts))
+            values = [
+                NO_CHANCES if tree is None else self._chances(req_id, tree)[:limit]
+                for req_id, tree in zip(req_ids, trees, strict=True)
+            ]
+            counts, rate = self.cost.allocate(values, len(req_ids))
+        self._tokens = len(req_ids) + sum(counts)
+        seconds = self.cost.seconds(self._tokens, drafts=any(counts))
+        # what a step promises weighs as long as it takes
+        weight = seconds / (seconds + min(RATE_SECONDS, self._decoded))
+        self._average_rate += weight * (rate - self._average_rate)
+        self._decoded += seconds
         for req_id, tree, count in zip(req_ids, trees, counts, strict=True):
             if tree is not None:
                 self._idle[req_id] = 0 if count else self._idle.get(req_id, 0) + 1
@@ -154,46 +160,49 @@ class AutoBudget(DraftPolicy):
     def keeps_branch(self, req_id: str, tree: DraftTree, gain: float | None) -> bool:
         """The branch pays if what it adds to a step outweighs the tokens that could be had in the time it takes.
 
-        A new request is judged by the engine's average. Where that speaks against a branch, one is tried for
-        ``EXPLORE_STEPS`` steps all the same if the time that this may cost allows it, so that the average follows what
-        is being served; then each request is judged by its own gain.
+        A request is judged by its own gain once it has run its branch for ``EXPLORE_STEPS`` steps, before that by the
+        engine's average. Where that speaks against a branch, one request at a time tries its own all the same if the
+        time that this may cost allows it, so that the average follows what is being served.
         """
-        steps = self._branch_steps.get(req_id)
+        steps = self._branch_steps.get(req_id, 0)
         if steps == GIVEN_UP:
             return False
-        extra = self.cost.seconds(self._tokens + tree.num_branch) - self.cost.seconds(self._tokens)
-        price = self._rate * extra
-        if steps is None:
-            steps = 0 if self._branch_average > price or self._explores(price, extra) else GIVEN_UP
-        elif gain is not None:
+        # a branch grows during its first steps: judge it by what it will be
+        self._branch_nodes = max(self._branch_nodes, tree.num_branch)
+        extra = self.cost.seconds(self._tokens + self._branch_nodes) - self.cost.seconds(self._tokens)
+        price = self._average_rate * extra
+        if gain is not None:
             self._branch_average += 0.01 * (gain - self._branch_average)
-            if steps >= EXPLORE_STEPS and gain <= price:
-                steps = GIVEN_UP
-        keep = steps != GIVEN_UP
+        proven = steps >= EXPLORE_STEPS and gain is not None
+        keep = (gain if proven and gain is not None else self._branch_average) > price
+        if not keep and not proven and self._may_explore(req_id, price):
+            self._explorer = req_id
+            self._explored += extra
+            keep = True
+        elif self._explorer == req_id:
+            self._explorer = None
         if keep:
-            steps += 1
             self._tokens += tree.num_branch
-        self._branch_steps[req_id] = steps
+        self._branch_steps[req_id] = steps + 1 if keep else GIVEN_UP
         return keep
 
-    def _explores(self, price: float, extra: float) -> bool:
-        """Whether to try out a branch that would not pay by the engine's average, at ``extra`` seconds a step."""
-        if price >= MOST_GAIN or self._explored > EXPLORE_SECONDS + EXPLORE_SHARE * self._decoded:
-            return False
-        self._explored += EXPLORE_STEPS * extra
-        return True
+    def _may_explore(self, req_id: str, price: float) -> bool:
+        allowed = EXPLORE_SECONDS + EXPLORE_SHARE * self._decoded
+        return self._explorer in (None, req_id) and price < MOST_GAIN and self._explored < allowed
 
     def observe_walk(self, req_id: str, tree: DraftTree, num_nodes: int, path: NDArray[np.int32]) -> None:
         """See ``DraftPolicy.observe_walk``."""
-        n = min(num_nodes, tree.num_guesses)
-        promised, held = _promises(tree.parents[:n], chances_of(tree)[:n], path)
-        self._observe(req_id, promised, held)
+        if tree.chances is None:  # else the proposer learns by itself
+            n = min(num_nodes, tree.num_guesses)
+            self._observe(req_id, *_promises(tree.parents[:n], self._chances(req_id, tree)[:n], path))
 
     def observe_token(self, req_id: str, tree: DraftTree, token: int) -> None:
         """See ``DraftPolicy.observe_token``."""
-        n = tree.num_guesses
-        promised, held = _promises_at_root(tree.parents[:n], chances_of(tree), tree.token_ids, token)
-        self._observe(req_id, promised, held)
+        if tree.chances is None:
+            n = tree.num_guesses
+            self._observe(
+                req_id, *_promises_at_root(tree.parents[:n], self._chances(req_id, tree), tree.token_ids, token)
+            )
 
     def observe_step(self, num_tokens: int, drafted: bool, seconds: float) -> None:
         """See ``DraftPolicy.observe_step``."""
@@ -206,6 +215,8 @@ class AutoBudget(DraftPolicy):
             self._idle.pop(req_id, None)
             self._rested.pop(req_id, None)
             self._branch_steps.pop(req_id, None)
+            if self._explorer == req_id:
+                self._explorer = None
 
     def refit_due(self) -> bool:
         """See ``DraftPolicy.refit_due``."""
@@ -223,6 +234,12 @@ class AutoBudget(DraftPolicy):
         """See ``DraftPolicy.adopt``."""
         self.cost.adopt(fitted)
 
+    def _chances(self, req_id: str, tree: DraftTree) -> NDArray[np.float32]:
+        """float32 [guesses]: the chance of each guess to be accepted; assumed if the proposer doesn't say."""
+        if tree.chances is not None:
+            return tree.chances
+        return np.float32(UNKNOWN_CHANCE * self._of(req_id).factor) ** tree.depths[: tree.num_guesses]
+
     def _of(self, req_id: str) -> Confidence:
         confidence = self._confidence.get(req_id)
         if confidence is None:
@@ -231,7 +248,7 @@ class AutoBudget(DraftPolicy):
 
     def _observe(self, req_id: str, promised: float, held: float) -> None:
         confidence = self._of(req_id)
-        promised /= confidence.factor  # the proposer's own promise, before it was told how far to trust itself
+        promised /= confidence.factor  # as it was before any correction
         if promised > 0.0:
             confidence.observe(promised, held)
             self._prior.observe(promised / 16, held / 16)  # slower than any one request
@@ -239,6 +256,9 @@ class AutoBudget(DraftPolicy):
 
 def measure_step_cost(forward: Callable[[int], float], most: int, agree: Callable[[Any], Any]) -> StepCost:
     """Time the forward pass at growing sizes, for at most about ``MEASURE_SECONDS``.
+
+    The sizes are gone through several times, and the fastest pass of each counts: a machine that is busy for a moment
+    spoils one round, not one size.
 
     Args:
         forward: runs one forward pass over that many tokens and returns its seconds.
@@ -248,22 +268,14 @@ def measure_step_cost(forward: Callable[[int], float], most: int, agree: Callabl
     forward(1)
     sizes: list[int] = []
     times: list[float] = []
-    spent, size = 0.0, 1
-    while True:
-        runs = sorted(forward(size) for _ in range(3))
+    size = 1
+    while not sizes or (sizes[-1] < most and sum(times) < MEASURE_SECONDS / MEASURE_ROUNDS):
         sizes.append(size)
-        times.append(agree(runs[0]))
-        spent += agree(sum(runs))
-        if size >= most or spent > MEASURE_SECONDS:
-            return StepCost(sizes, times)
+        times.append(agree(forward(size)))
         size = min(most, max(size + 1, size * 3 // 2))
-
-
-def chances_of(tree: DraftTree) -> NDArray[np.float32]:
-    """float32 [guesses]: the chance of each guess to be accepted; assumed if the proposer doesn't say."""
-    if tree.chances is not None:
-        return tree.chances
-    return np.float32(UNKNOWN_CHANCE) ** tree.depths[: tree.num_guesses]
+    for _ in range(MEASURE_ROUNDS - 1):
+        times = [min(before, agree(forward(size))) for size, before in zip(sizes, times, strict=True)]
+    return StepCost(sizes, times)
 
 
 @numba.njit(cache=True)

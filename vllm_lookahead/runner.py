@@ -292,7 +292,7 @@ class LookaheadRunnerMixin(Base):
             chosen = tree.trimmed(count, keep_branch=keep_branch)
             if len(chosen):
                 self._proposed[req_id] = chosen
-            else:
+            elif tree.chances is None:
                 self._unverified[req_id] = tree
             drafts.append(chosen.token_ids.tolist())
         return drafts
@@ -349,7 +349,6 @@ class LookaheadRunnerMixin(Base):
             batch.token_ids_cpu[row, :num_tokens],
             int(batch.num_prompt_tokens[row]),
             limit,
-            confidence=self.policy.confidence(req_id),
             chain=self._only_chains(req_id),
         )
 
