@@ -95,14 +95,15 @@ def test_a_smaller_budget_gives_a_prefix_of_the_same_tree(text: Tokens, budget: 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000), st.integers(0, 400))
 def test_the_growing_index_answers_as_a_fresh_one(seed: int, prompt_length: int) -> None:
+    """The same guesses; how far they are trusted, and so their order, depends on what each has seen."""
     text = np.random.default_rng(seed).integers(0, 4, 700).astype(np.int32)
-    proposer = PromptLookup(PromptLookupOptions())
+    proposer = PromptLookup(PromptLookupOptions(max_depth=6, min_probability=0.0, max_draft_tokens=1000))
     request = proposer.start("grows", text[:prompt_length])
     end = prompt_length + 1
     while end <= len(text):
-        fresh = proposer.start("fresh", text[:end]).propose(text[:end], 64)
-        grown = request.propose(text[:end], 64)
-        assert paths(grown) == paths(fresh)
+        fresh = proposer.start("fresh", text[:end]).propose(text[:end], 1000)
+        grown = request.propose(text[:end], 1000)
+        assert sorted(paths(grown)) == sorted(paths(fresh))
         end += 1 + end % 7
 
 
