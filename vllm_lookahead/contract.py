@@ -144,6 +144,7 @@ CONTRACT: tuple[Function | Attributes, ...] = (
     Function(f"{RUNNER}.initialize_kv_cache", ("kv_cache_config",)),
     Function(f"{RUNNER}._update_states", ("scheduler_output",), exactly=True),
     Function(f"{RUNNER}._prepare_inputs", ("scheduler_output", "num_scheduled_tokens"), exactly=True),
+    Function(f"{RUNNER}._preprocess", ("scheduler_output",)),
     Function(f"{RUNNER}._build_attention_metadata", ("num_tokens", "num_reqs", "max_query_len")),
     Function(f"{RUNNER}._sample", ("logits", "spec_decode_metadata"), exactly=True),
     Function(f"{RUNNER}._bookkeeping_sync", ("scheduler_output", "sampler_output", "logits")),
@@ -268,6 +269,7 @@ CONTRACT: tuple[Function | Attributes, ...] = (
     Attributes("vllm.v1.sample.logits_processor.builtin:LogitBiasLogitsProcessor", ("biases",)),
     Attributes("vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor", ("min_p_count",)),
     Attributes("vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor", ("min_toks",)),
+    Attributes("vllm.v1.outputs:DraftTokenIds", ("req_ids", "draft_token_ids")),
     Attributes("vllm.v1.outputs:SamplerOutput", ("sampled_token_ids", "logprobs_tensors")),
     Attributes("vllm.v1.outputs:LogprobsTensors", ("logprob_token_ids", "logprobs", "selected_token_ranks")),
     # attention

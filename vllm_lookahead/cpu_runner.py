@@ -9,7 +9,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from proposers import DraftTree
-from vllm_lookahead.attention.cpu import TreeCPUAttentionMetadataBuilder, tree_attention, unsupported_reason
+from vllm_lookahead.attention.cpu import (
+    TreeCPUAttentionImpl,
+    TreeCPUAttentionMetadataBuilder,
+    tree_attention,
+    unsupported_reason,
+)
 from vllm_lookahead.branch import BranchRow
 from vllm_lookahead.cpu_branch import run_branches
 from vllm_lookahead.kv import CPUCommit, moves
@@ -28,6 +33,7 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
         if len(self.kv_cache_config.kv_cache_groups) != 1:
             return "its layers keep different kinds of KV cache"
         groups = list(self._attn_group_iterator())
+        impls: list[TreeCPUAttentionImpl] = []
         layers = self.compilation_config.static_forward_context
         for group in groups:
             for name in group.layer_names:
@@ -37,6 +43,8 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
                 reason = unsupported_reason(impl, group.get_metadata_builder(0))
                 if reason is not None:
                     return reason
+                impls.append(impl)
+        self._impls = impls
         self._builders = [group.get_metadata_builder(0) for group in groups]
         self._commit = CPUCommit(self.kv_caches)
         return None
@@ -46,6 +54,8 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
         for builder in self._builders:
             assert isinstance(builder, TreeCPUAttentionMetadataBuilder)
             builder.trees = trees
+        for impl in self._impls:
+            impl.serve_trees(trees is not None)
 
     def run_branches(self, rows: list[BranchRow], common: CommonAttentionMetadata) -> list[NDArray[np.int32]]:
         """See ``LookaheadRunnerMixin.run_branches``."""

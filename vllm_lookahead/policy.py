@@ -17,9 +17,9 @@ UNKNOWN_CHANCE = 0.5
 """A node of a proposer that gives no probabilities is assumed to hold this often if its parent does, at first; then
 ``Confidence`` corrects it."""
 REST_AFTER = 4
-LONGEST_REST = 16
-"""After ``REST_AFTER`` proposals in a row without a node worth verifying, a request's proposer is asked only in every
-second step, after twice as many in every third, and so on, but at least once in ``LONGEST_REST`` steps."""
+LONGEST_REST = 8
+"""After ``REST_AFTER`` proposals in a row that brought no node worth verifying, a request's proposer is asked only in
+every second step, after twice as many in every third, and so on, but at least once in ``LONGEST_REST`` steps."""
 
 MEASURE_SECONDS = 1.0
 MEASURE_ROUNDS = 4
@@ -111,7 +111,7 @@ class AutoBudget(DraftPolicy):
         self.cost = cost
         self.steps = 0
         self._confidence: dict[str, Confidence] = {}
-        self._idle: dict[str, int] = {}  # proposals in a row without a node worth verifying
+        self._idle: dict[str, int] = {}  # proposals in a row that brought no node worth verifying
         self._rested: dict[str, int] = {}  # steps since the last proposal
         self._prior = Confidence()
         self._tokens = 0  # of the step that is being planned
@@ -128,12 +128,14 @@ class AutoBudget(DraftPolicy):
     def wants_proposal(self, req_id: str) -> bool:
         """See ``DraftPolicy.wants_proposal``."""
         idle = self._idle.get(req_id, 0)
-        if idle < REST_AFTER:
-            return True
-        rested = self._rested.get(req_id, 0) + 1
-        wanted = rested > min(idle // REST_AFTER, LONGEST_REST - 1)
-        self._rested[req_id] = 0 if wanted else rested
-        return wanted
+        if idle >= REST_AFTER:
+            rested = self._rested.get(req_id, 0) + 1
+            if rested <= min(idle // REST_AFTER, LONGEST_REST - 1):
+                self._rested[req_id] = rested
+                return False
+            self._rested[req_id] = 0
+        self._idle[req_id] = idle + 1  # until ``choose`` finds a node worth verifying
+        return True
 
     def choose(self, req_ids: Sequence[str], trees: Sequence[DraftTree | None], limit: int) -> list[int]:
         """See ``DraftPolicy.choose``."""
@@ -152,9 +154,9 @@ class AutoBudget(DraftPolicy):
         weight = seconds / (seconds + min(RATE_SECONDS, self._decoded))
         self._average_rate += weight * (rate - self._average_rate)
         self._decoded += seconds
-        for req_id, tree, count in zip(req_ids, trees, counts, strict=True):
-            if tree is not None:
-                self._idle[req_id] = 0 if count else self._idle.get(req_id, 0) + 1
+        for req_id, count in zip(req_ids, counts, strict=True):
+            if count:
+                self._idle[req_id] = 0
         return counts
 
     def keeps_branch(self, req_id: str, tree: DraftTree, gain: float | None) -> bool:
@@ -182,6 +184,7 @@ class AutoBudget(DraftPolicy):
         elif self._explorer == req_id:
             self._explorer = None
         if keep:
+            self._idle[req_id] = 0  # the window must move
             self._tokens += tree.num_branch
         self._branch_steps[req_id] = steps + 1 if keep else GIVEN_UP
         return keep

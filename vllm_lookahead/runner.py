@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
@@ -44,8 +44,8 @@ MOST_MEASURED_TOKENS = 512
 """The step cost is measured up to this many tokens and extrapolated beyond."""
 
 
-TIME_EVERY = 4
-"""One in so many steps is timed: the bookkeeping costs about as much as proposing does."""
+TIME_EVERY, TIME_EVERY_LATER, LATER = 4, 16, 512
+"""One in so many steps is timed, at first and after ``LATER`` steps: it costs about as much as proposing does."""
 
 
 class _TimedStep(NamedTuple):
@@ -159,7 +159,7 @@ class LookaheadRunnerMixin(Base):
         """Time from step to step, where both decode only and nothing was idle in between."""
         self._steps += 1
         last, self._last_step = self._last_step, None
-        if last is None and self._steps % TIME_EVERY:
+        if last is None and self._steps % (TIME_EVERY if self._steps < LATER else TIME_EVERY_LATER):
             return
         now = time.perf_counter()
         req_ids = scheduler_output.num_scheduled_tokens
@@ -195,12 +195,11 @@ class LookaheadRunnerMixin(Base):
                 self._has_trees = False
                 self.set_trees(None)
             # prepared as without speculation, which costs less
-            config = self.vllm_config.speculative_config
             self.speculative_config = None
             try:
                 return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
             finally:
-                self.speculative_config = config
+                self.speculative_config = self.vllm_config.speculative_config
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         step = self._step = StepTrees.build(self.input_batch.req_ids, drafts, self._proposed)
         self._forget_proposed(scheduler_output)
@@ -213,6 +212,20 @@ class LookaheadRunnerMixin(Base):
             self._has_trees = trees is not None
             self.set_trees(trees)
         return result
+
+    def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        if self._step is not None:
+            return super()._preprocess(scheduler_output, *args, **kwargs)
+        # as without speculation: no placeholders to clamp
+        self.speculative_config = None
+        try:
+            return super()._preprocess(scheduler_output, *args, **kwargs)
+        finally:
+            self.speculative_config = self.vllm_config.speculative_config
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """As vLLM's; nothing if nothing was drafted, which saves the scheduler a round over its requests."""
+        return super().take_draft_token_ids() if self._proposed else None
 
     def _forget_proposed(self, scheduler_output: SchedulerOutput) -> None:
         # a request that the scheduler left out of this step keeps its drafts there, and its tree here

@@ -134,7 +134,7 @@ def test_one_good_guess_ends_the_rest() -> None:
     while not policy.wants_proposal("r"):
         pass
     assert policy.choose(["r"], [chain(0.9)], 8) == [1]
-    assert all(policy.wants_proposal("r") for _ in range(10))
+    assert all(policy.wants_proposal("r") for _ in range(REST_AFTER))
 
 
 def test_a_proposer_without_chances_is_judged_by_what_held() -> None:

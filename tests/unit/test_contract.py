@@ -162,7 +162,7 @@ def test_every_override_is_in_the_contract() -> None:
     from vllm_lookahead.cpu_runner import LookaheadCPURunner
     from vllm_lookahead.cpu_worker import CPULookaheadWorker
 
-    for cls in (LookaheadCPURunner, CPULookaheadWorker, cpu.TreeCPUAttentionMetadataBuilder, cpu.TreeCPUAttentionImpl):
+    for cls in (LookaheadCPURunner, CPULookaheadWorker, cpu.TreeCPUAttentionMetadataBuilder):
         mro = inspect.getmro(cls)
         ours = [base for base in mro if base.__module__.startswith("vllm_lookahead")]
         theirs = [base for base in mro if base.__module__.startswith("vllm.")]
@@ -171,6 +171,10 @@ def test_every_override_is_in_the_contract() -> None:
         overrides = {name for name in methods if any(name in vars(base) for base in theirs)}
         assert overrides, cls
         assert overrides <= known, cls
+    forward = next(part for part in CONTRACT if part.path.endswith("CPUAttentionBackendImpl.forward"))
+    assert isinstance(forward, Function)
+    replacement = inspect.signature(cpu.TreeCPUAttentionImpl.forward_trees).parameters
+    assert (*replacement,)[1:] == forward.parameters
 
 
 def test_every_attribute_of_vllms_runner_that_ours_reads_is_in_the_contract() -> None:

@@ -79,7 +79,17 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     """vLLM's CPU attention for the whole batch, then masked attention for the tree rows."""
 
-    def forward(
+    def serve_trees(self, trees: bool) -> None:
+        """From now on the steps have tree rows, or not: then ``forward`` is vLLM's.
+
+        One more Python call per layer would cost a small model about one percent of its step.
+        """
+        if trees:
+            self.forward = self.forward_trees  # type: ignore[method-assign]
+        else:
+            self.__dict__.pop("forward", None)
+
+    def forward_trees(
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
@@ -93,13 +103,13 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """As vLLM's ``CPUAttentionBackendImpl.forward``; shapes there."""
         result = output
-        metadata = attn_metadata if isinstance(attn_metadata, TreeCPUAttentionMetadata) else None
-        if metadata is None or len(metadata.trees.tokens) < metadata.num_actual_tokens:
+        trees = attn_metadata if isinstance(attn_metadata, TreeCPUAttentionMetadata) else None
+        if trees is None or len(trees.trees.tokens) < trees.num_actual_tokens:
             result = super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        if metadata is not None:
-            tree_attention(query, kv_cache, metadata.trees, metadata.tree_blocks, self.scale, output)
+        if trees is not None:
+            tree_attention(query, kv_cache, trees.trees, trees.tree_blocks, self.scale, output)
         return result
 
 
