@@ -40,13 +40,13 @@ class RequestProposer(ABC):
     """The guesses for one request, from its first token to its last.
 
     Attributes:
-        chains_only: set by the engine before the first ``propose``: the request's trees are cut down to their first
-            path, so a lookahead branch would be wasted.
+        without_branch: set by the engine before each ``propose``: a lookahead branch would be wasted, because it does
+            not pay or because the request's trees are cut down to their first path. Once set, it stays.
         branch_gain: tokens per step that the lookahead branch has been adding lately, measured by the proposer; None
             if it has no branch or nothing is known yet.
     """
 
-    chains_only: bool = False
+    without_branch: bool = False
     branch_gain: float | None = None
 
     @abstractmethod

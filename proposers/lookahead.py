@@ -214,7 +214,8 @@ class LookaheadRequest(RequestProposer):
             chances,
             int(budget),
             with_guesses,
-            with_comb and not self.chains_only,
+            with_comb,
+            not self.without_branch,
             *self._settings,
         )
         if with_guesses:
@@ -240,6 +241,7 @@ def _propose(
     budget: int,
     with_guesses: bool,
     with_comb: bool,
+    with_window: bool,
     prompt_lookup: bool,
     pool_from_context: bool,
     always_forward_one: bool,
@@ -258,11 +260,12 @@ def _propose(
         The number of guessed nodes, the number of comb nodes, which follow them, the size of the tree of prompt
         lookup's matches alone, which is written to ``without``, and whether it is the window's turn.
     """
-    advance(window, pool, context, always_forward_one)
+    if with_window:
+        advance(window, pool, context, always_forward_one)
     if pool_from_context:
         ngram_pool.extend(pool, context)
     due = window[STEPS] % branch_every == 0
-    comb = comb_size(window) if with_comb and due else 0
+    comb = comb_size(window) if with_window and with_comb and due else 0
     guessed = 0
     baseline = 0
     if with_guesses:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-GAIN = 1.02
+GAIN = 1.05
 """Drafting must promise at least this factor over plain decoding: estimates are noisy, and slower is worst."""
 REFIT_EVERY = 8
 """Timed steps between two fits."""

@@ -56,6 +56,7 @@ class Drafter:
         budget: int,
         *,
         chain: bool = False,
+        branch: bool = True,
     ) -> DraftTree | None:
         """The next tree of one request.
 
@@ -65,6 +66,7 @@ class Drafter:
             num_prompt_tokens: how much of ``context`` is the prompt.
             budget: most nodes.
             chain: only a chain can be verified: the tree's first path is returned.
+            branch: whether a lookahead branch may pay.
 
         Returns:
             The tree, or None if there is no guess (or the proposer failed: that is logged once per worker).
@@ -75,7 +77,7 @@ class Drafter:
             request = self._requests[req_id]
             if request is None:
                 return None
-            request.chains_only = chain
+            request.without_branch = chain or not branch
             tree = request.propose(context, budget)
             if len(tree) > budget:
                 raise ValueError(f"the tree has {len(tree)} nodes, the budget was {budget}")

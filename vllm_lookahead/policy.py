@@ -25,7 +25,7 @@ MEASURE_SECONDS = 1.0
 MEASURE_ROUNDS = 4
 
 EXPLORE_STEPS = 24
-MOST_GAIN = 2.0
+MOST_GAIN = 1.0
 """Tokens per step that a lookahead branch may add at best; where even these would not pay, none is tried."""
 EXPLORE_SECONDS = 0.1
 EXPLORE_SHARE = 0.01
@@ -52,6 +52,10 @@ class DraftPolicy(ABC):
             trees: what was proposed for each.
             limit: most nodes for one request.
         """
+
+    def may_branch(self, req_id: str) -> bool:
+        """Whether ``keeps_branch`` may still say yes for this request."""
+        return True
 
     def keeps_branch(self, req_id: str, tree: DraftTree, gain: float | None) -> bool:
         """Whether this step also computes the tree's lookahead branch.
@@ -158,6 +162,10 @@ class AutoBudget(DraftPolicy):
             if count:
                 self._idle[req_id] = 0
         return counts
+
+    def may_branch(self, req_id: str) -> bool:
+        """See ``DraftPolicy.may_branch``."""
+        return self._branch_steps.get(req_id) != GIVEN_UP
 
     def keeps_branch(self, req_id: str, tree: DraftTree, gain: float | None) -> bool:
         """The branch pays if what it adds to a step outweighs the tokens that could be had in the time it takes.

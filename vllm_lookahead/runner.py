@@ -363,6 +363,7 @@ class LookaheadRunnerMixin(Base):
             int(batch.num_prompt_tokens[row]),
             limit,
             chain=self._only_chains(req_id),
+            branch=self.policy.may_branch(req_id),
         )
 
     def _observe(self, sampled_token_ids: list[list[int]]) -> None:

@@ -120,8 +120,8 @@ def test_the_window_runs_every_kth_step_only() -> None:
 def test_a_request_that_takes_chains_only_gets_guesses_and_no_lookahead_branch() -> None:
     model, prompt = toy_model(2), [1, 2, 3, 1, 2]
     request = start(LookaheadOptions(), prompt)
-    request.chains_only = True
-    request.chains_only = True
+    request.without_branch = True
+    request.without_branch = True
     context = [*prompt, model(prompt)]
     for _ in range(5):
         array = np.array(context, np.int32)
