@@ -110,14 +110,16 @@ def _forward(
         is_prefilling=torch.zeros(len(rows), dtype=torch.bool),
     )
     runner.set_trees(trees)
-    per_layer, slot_mapping = {}, {}
-    for group in runner._attn_group_iterator():
-        built = group.get_metadata_builder(0).build(0, metadata)
-        per_layer.update(dict.fromkeys(group.layer_names, built))
-        slot_mapping.update(dict.fromkeys(group.layer_names, slots))
-    runner.set_trees(None)
-    with set_forward_context(per_layer, runner.vllm_config, num_tokens=len(input_ids), slot_mapping=slot_mapping):
-        hidden = runner._model_forward(input_ids=input_ids, positions=positions_tensor)
+    try:
+        per_layer, slot_mapping = {}, {}
+        for group in runner._attn_group_iterator():
+            built = group.get_metadata_builder(0).build(0, metadata)
+            per_layer.update(dict.fromkeys(group.layer_names, built))
+            slot_mapping.update(dict.fromkeys(group.layer_names, slots))
+        with set_forward_context(per_layer, runner.vllm_config, num_tokens=len(input_ids), slot_mapping=slot_mapping):
+            hidden = runner._model_forward(input_ids=input_ids, positions=positions_tensor)
+    finally:
+        runner.set_trees(None)
     logits = runner.model.compute_logits(hidden)
     argmax = runner.tree_sampler.argmax(logits).astype(np.int32)
     return [argmax[start:end] for start, end in pairwise(query_start)]
