@@ -14,6 +14,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
 )
@@ -37,6 +38,11 @@ FAMILIES: dict[str, tuple[PretrainedConfig, dict[str, Any], str | None]] = {
     "Qwen2": (Qwen2Config(**SIZES), {}, None),
     "GPT-2: learned positions": (
         GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=2, n_positions=512, bos_token_id=0, eos_token_id=1),
+        {},
+        None,
+    ),
+    "Mixtral: a mixture of experts": (
+        MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
         {},
         None,
     ),
