@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from serving import PROMPTS, VLLM, client, complete, serving
+from openai import OpenAI
+from serving import COMPARABLE, PROMPTS, VLLM, client, complete, serving, texts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -22,6 +23,16 @@ def test_preset_with_defaults(demo_model: str, logs: Path) -> None:
             answer = complete(ours, PROMPTS, extra_body={"ignore_eos": True}, **options)
             assert answer.usage.completion_tokens == 64 * len(PROMPTS)
             assert [choice.finish_reason for choice in answer.choices] == ["length"] * len(PROMPTS)
+        assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 0
+
+
+def test_data_parallelism(stock: OpenAI, demo_model: str, logs: Path) -> None:
+    """Two engines behind one server, each with trees of its own."""
+    arguments = (*COMPARABLE, "--data-parallel-size", "2", "--speculative-model", "[prompt_lookup]")
+    with serving(demo_model, logs / "data-parallel.log", *arguments) as server:
+        server.wait_until_ready()
+        prompts = PROMPTS * 4
+        assert texts(complete(client(server), prompts)) == texts(complete(stock, prompts))
         assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 0
 
 
