@@ -22,7 +22,7 @@ MAX_MATCH = 16
 """Longer matches count as this long."""
 
 # Weight of one candidate beside others, by the length of its match, and how fast it falls with its place in the order.
-# Measured on replayed Python source: 1.4 to 2 and 0.1 to 0.3 are equally good, no decay or a faster one costs 1-3%.
+# Chosen on replayed Python source, where the neighbourhood is flat.
 WEIGHT = 1.7 ** np.arange(MAX_MATCH + 1)
 DECAY = 0.5
 

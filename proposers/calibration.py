@@ -39,7 +39,7 @@ class Calibration:
     """What one proposer has learnt from all its requests; ``start`` gives a request its own.
 
     Attributes:
-        state: float64 [4, ``MAX_MATCH`` + 1], as ``RequestCalibration.state``.
+        state: float64 [4, ``MAX_MATCH`` + 1], rows as the constants above name them.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Calibration:
         self.state[PRIOR] = self.state[CHANCE] = HIT
 
     def start(self) -> Float64Array:
-        """What a new request begins with: float64 [4, ``MAX_MATCH`` + 1], rows as the constants name them."""
+        """What a new request begins with: float64 [4, ``MAX_MATCH`` + 1], rows as in ``state``."""
         state = np.zeros_like(self.state)
         state[PRIOR] = state[CHANCE] = self.state[CHANCE]
         return state

@@ -121,9 +121,8 @@ class LookaheadRequest(RequestProposer):
         # shared scratch: proposers run in one thread
         self._scratch = (proposer._nodes, proposer._without, proposer._chances)
         self._learnt = (proposer._calibration.state, proposer._calibration.start())
-        self._last = np.empty_like(
-            proposer._nodes
-        )  # the guesses proposed last, how many, and the context's length then
+        # the guesses proposed last, how many, and the context's length then
+        self._last = np.empty_like(proposer._nodes)
         self._last_size = 0
         self._last_length = 0
         self._window = JacobiWindow(o.window_size, o.ngram_size, request_id)

@@ -143,15 +143,11 @@ class AutoBudget(DraftPolicy):
 
     def choose(self, req_ids: Sequence[str], trees: Sequence[DraftTree | None], limit: int) -> list[int]:
         """See ``DraftPolicy.choose``."""
-        if not any(trees):
-            counts = [0] * len(trees)
-            rate = len(req_ids) / self.cost.seconds(len(req_ids))
-        else:
-            values = [
-                NO_CHANCES if tree is None else self._chances(req_id, tree)[:limit]
-                for req_id, tree in zip(req_ids, trees, strict=True)
-            ]
-            counts, rate = self.cost.allocate(values, len(req_ids))
+        values = [
+            NO_CHANCES if tree is None else self._chances(req_id, tree)[:limit]
+            for req_id, tree in zip(req_ids, trees, strict=True)
+        ]
+        counts, rate = self.cost.allocate(values, len(req_ids))
         self._tokens = len(req_ids) + sum(counts)
         seconds = self.cost.seconds(self._tokens, drafts=any(counts))
         # what a step promises weighs as long as it takes

@@ -24,10 +24,10 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from proposers import DraftTree, Verified
 from vllm_lookahead.branch import BranchRow
 from vllm_lookahead.drafter import Drafter
-from vllm_lookahead.hidden import hidden, muted
 from vllm_lookahead.policy import AutoBudget, DraftPolicy, FixedBudget, measure_step_cost
 from vllm_lookahead.sampler import TreeSampler
 from vllm_lookahead.step import StepTrees, Walks
+from vllm_lookahead.temporary import muted, replaced
 from vllm_lookahead.tree_rows import TreeRows
 
 if TYPE_CHECKING:
@@ -39,11 +39,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 IntArray = NDArray[np.int32]
 
-
 MOST_MEASURED_TOKENS = 512
 """The step cost is measured up to this many tokens and extrapolated beyond."""
-
-
 TIME_EVERY, TIME_EVERY_LATER, LATER = 4, 16, 512
 """One in so many steps is timed, at first and after ``LATER`` steps: it costs about as much as proposing does."""
 
@@ -68,11 +65,11 @@ class LookaheadRunnerMixin(Base):
         # Under speculative decoding vLLM leaves out min_p and logit_bias and refuses custom processors. The tree
         # sampler runs each of them as it would run without drafts, so all of them are in.
         with (
-            hidden(vllm_config.model_config, "logits_processors") as custom,
+            replaced(vllm_config.model_config, "logits_processors", None) as custom,
             muted("vllm.v1.sample.logits_processor", "won't work with speculative decoding"),
         ):
             super().__init__(vllm_config, device)
-        with hidden(vllm_config, "speculative_config"):
+        with replaced(vllm_config, "speculative_config", None):
             self.input_batch.logitsprocs = build_logitsprocs(
                 vllm_config, device, device.type != "cpu", self.is_pooling_model, tuple(custom or ())
             )
@@ -189,17 +186,12 @@ class LookaheadRunnerMixin(Base):
         drafts = scheduler_output.scheduled_spec_decode_tokens
         if not drafts:
             self._step = None
-            if self._proposed:
-                self._forget_proposed(scheduler_output)
+            self._forget_proposed(scheduler_output)
             if self._has_trees:
                 self._has_trees = False
                 self.set_trees(None)
-            # prepared as without speculation, which costs less
-            self.speculative_config = None
-            try:
+            with replaced(self, "speculative_config", None):  # as without speculation, which costs less
                 return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-            finally:
-                self.speculative_config = self.vllm_config.speculative_config
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         step = self._step = StepTrees.build(self.input_batch.req_ids, drafts, self._proposed)
         self._forget_proposed(scheduler_output)
@@ -216,18 +208,16 @@ class LookaheadRunnerMixin(Base):
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         if self._step is not None:
             return super()._preprocess(scheduler_output, *args, **kwargs)
-        # as without speculation: no placeholders to clamp
-        self.speculative_config = None
-        try:
+        with replaced(self, "speculative_config", None):  # as without speculation: no placeholders to clamp
             return super()._preprocess(scheduler_output, *args, **kwargs)
-        finally:
-            self.speculative_config = self.vllm_config.speculative_config
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """As vLLM's; nothing if nothing was drafted, which saves the scheduler a round over its requests."""
         return super().take_draft_token_ids() if self._proposed else None
 
     def _forget_proposed(self, scheduler_output: SchedulerOutput) -> None:
+        if not self._proposed:
+            return
         # a request that the scheduler left out of this step keeps its drafts there, and its tree here
         scheduled = scheduler_output.num_scheduled_tokens
         self._proposed = {req_id: tree for req_id, tree in self._proposed.items() if req_id not in scheduled}
@@ -258,14 +248,10 @@ class LookaheadRunnerMixin(Base):
 
     def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
         # vLLM rewinds the generators of rows whose sample is discarded. Ours never drew, and CPU generators can't.
-        generators = self.input_batch.generators
-        if not generators:
+        if not self.input_batch.generators:
             return super()._bookkeeping_sync(*args, **kwargs)
-        self.input_batch.generators = {}
-        try:
+        with replaced(self.input_batch, "generators", {}):
             return super()._bookkeeping_sync(*args, **kwargs)
-        finally:
-            self.input_batch.generators = generators
 
     def _input_fits_in_drafter(self, common_attn_metadata: CommonAttentionMetadata | None) -> bool:
         # the scheduler truncates trees at max_model_len; every prefix of a tree is a tree

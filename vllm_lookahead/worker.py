@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_lookahead.contract import check_contract
-from vllm_lookahead.hidden import hidden
+from vllm_lookahead.temporary import replaced
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as Base
@@ -25,7 +25,10 @@ class LookaheadWorkerMixin(Base):
         check_contract()
         # vLLM names its runner class inside init_device. Without a speculative config it builds one that is cheap and
         # doesn't complain about options that our runner supports.
-        with hidden(self.vllm_config, "speculative_config"), hidden(self.model_config, "logits_processors"):
+        with (
+            replaced(self.vllm_config, "speculative_config", None),
+            replaced(self.model_config, "logits_processors", None),
+        ):
             super().init_device()
         self.model_runner = self.runner_class(self.vllm_config, self.device)
 

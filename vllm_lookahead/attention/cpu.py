@@ -103,13 +103,13 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """As vLLM's ``CPUAttentionBackendImpl.forward``; shapes there."""
         result = output
-        trees = attn_metadata if isinstance(attn_metadata, TreeCPUAttentionMetadata) else None
-        if trees is None or len(trees.trees.tokens) < trees.num_actual_tokens:
+        ours = attn_metadata if isinstance(attn_metadata, TreeCPUAttentionMetadata) else None
+        if ours is None or len(ours.trees.tokens) < ours.num_actual_tokens:
             result = super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        if trees is not None:
-            tree_attention(query, kv_cache, trees.trees, trees.tree_blocks, self.scale, output)
+        if ours is not None:
+            tree_attention(query, kv_cache, ours.trees, ours.tree_blocks, self.scale, output)
         return result
 
 
