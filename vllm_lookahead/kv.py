@@ -30,18 +30,12 @@ def moves(
     Returns:
         Source and destination slots, int64 [moved] each, in an order in which no move overwrites a later source.
     """
-    return _moves(
-        np.flatnonzero(step.branched).astype(np.int64),
-        walks.paths,
-        walks.lengths,
-        query_start,
-        slots,
-        np.diff(step.starts),
-    )
+    return _moves(step.branched, step.starts, walks.paths, walks.lengths, query_start, slots)
 
 
 @numba.njit(cache=True)
-def _moves(rows, paths, lengths, query_start, slots, num_nodes):  # type: ignore[no-untyped-def]
+def _moves(branched, starts, paths, lengths, query_start, slots):  # type: ignore[no-untyped-def]
+    rows = np.flatnonzero(branched)
     count = 0
     for row in rows:
         for k in range(lengths[row] - 1):
@@ -52,7 +46,7 @@ def _moves(rows, paths, lengths, query_start, slots, num_nodes):  # type: ignore
     at = 0
     for row in rows:
         # a row's tree nodes are its last tokens; parents before children means path[k] >= k: moving in order is safe
-        first = query_start[row + 1] - num_nodes[row]
+        first = query_start[row + 1] - (starts[row + 1] - starts[row])
         for k in range(lengths[row] - 1):
             if paths[row, k] != k:
                 src[at] = slots[first + paths[row, k]]

@@ -27,6 +27,7 @@ from vllm_lookahead.drafter import Drafter
 from vllm_lookahead.policy import AutoBudget, DraftPolicy, FixedBudget, measure_step_cost
 from vllm_lookahead.sampler import TreeSampler
 from vllm_lookahead.step import StepTrees, Walks
+from vllm_lookahead.step import warm_up as warm_up_walks
 from vllm_lookahead.temporary import muted, replaced
 from vllm_lookahead.tree_rows import TreeRows
 
@@ -113,6 +114,7 @@ class LookaheadRunnerMixin(Base):
     def prepare_drafting(self) -> None:
         """Compile what the first request would wait for, and measure what a step costs. Every rank calls it."""
         self.drafter.warm_up()
+        warm_up_walks()
         if self.trees_verifiable:
             self.warm_up_trees()
         budget = self.drafter.config.budget
@@ -204,6 +206,24 @@ class LookaheadRunnerMixin(Base):
             self._has_trees = trees is not None
             self.set_trees(trees)
         return result
+
+    def _calc_spec_decode_metadata(
+        self, num_draft_tokens: NDArray[np.int32], cu_num_scheduled_tokens: NDArray[np.int32]
+    ) -> SpecDecodeMetadata:
+        """Which positions get logits: each row's root and nodes. What only vLLM's rejection sampler needs is left out."""
+        sampled = num_draft_tokens + 1
+        ends = np.cumsum(sampled)
+        indices = np.arange(ends[-1]) + np.repeat(cu_num_scheduled_tokens - ends, sampled)
+        nothing = torch.empty(0, dtype=torch.int32, device=self.device)
+        return SpecDecodeMetadata(
+            draft_token_ids=nothing,
+            num_draft_tokens=num_draft_tokens.tolist(),
+            cu_num_draft_tokens=nothing,
+            cu_num_sampled_tokens=nothing,
+            target_logits_indices=nothing,
+            bonus_logits_indices=nothing,
+            logits_indices=torch.from_numpy(indices).to(self.device, non_blocking=True),
+        )
 
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         if self._step is not None:

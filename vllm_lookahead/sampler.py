@@ -27,7 +27,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_lookahead.step import PLACEHOLDER, StepTrees, Walks, walk_all
+from vllm_lookahead.step import Descent, StepTrees, Walks, walk_all
 
 
 def is_idle(processor: LogitsProcessor) -> bool:
@@ -120,62 +120,60 @@ class TreeSampler:
         plain: bool,
     ) -> tuple[SamplerOutput, Walks]:
         rows = step.num_rows
-        root_rows = step.root_logits_rows()
-        nodes = np.full(rows, -1, np.int32)
-        active = np.arange(rows)
-        tokens: list[NDArray[np.int32]] = []
-        paths: list[NDArray[np.int32]] = []
+        everyone = None if plain else np.arange(rows)
+        all_draw = not (metadata.generators and discard.any())
+        descent = Descent(step, discard)
+        appended: list[int] = []  # rows whose output got a token, once per token
         logprobs: list[LogprobsTensors] = []
-        lengths = np.zeros(rows, np.int32)
-        appended = np.zeros(rows, np.int32)
         try:
-            while len(active):
+            while len(active := descent.active):
                 # Row-indexed state (penalties, processors) needs every row present; otherwise only the active ones.
-                visited = active if plain else np.arange(rows)
-                row_logits = logits[torch.from_numpy(root_rows[visited] + 1 + nodes[visited]).to(logits.device)]
-                drawing = set(active[~discard[active]].tolist())
-                out = self.sampler(row_logits, _metadata_of(metadata, visited, drawing, subset=plain))
-                sampled = out.sampled_token_ids[:, 0].cpu().numpy()
+                visited = active if everyone is None else everyone
+                unchanged = plain and all_draw and len(active) == rows
+                at_depth = metadata if unchanged else _metadata_of(metadata, rows, visited, active[~discard[active]])
+                out = self.sampler(_copied(logits, descent.logits_rows[visited]), at_depth)
                 if out.logprobs_tensors is not None:
                     logprobs.append(_scatter(out.logprobs_tensors, visited, rows))
-                depth_tokens = np.full(rows, PLACEHOLDER, np.int32)
-                depth_path = np.full(rows, -1, np.int32)
-                going_on = []
-                for row in active.tolist():
-                    token = int(sampled[row if not plain else np.searchsorted(visited, row)])
-                    depth_tokens[row] = token
-                    lengths[row] += 1
-                    child = (
-                        step.find_child(row, int(nodes[row]), token) if step.num_nodes(row) and not discard[row] else -1
-                    )
-                    if child >= 0:
-                        nodes[row] = depth_path[row] = child
-                        output_token_ids[row].append(token)
-                        appended[row] += 1
-                        going_on.append(row)
-                tokens.append(depth_tokens)
-                paths.append(depth_path)
-                active = np.array(going_on, dtype=np.int64)
-                if going_on:
+                sampled = out.sampled_token_ids[:, 0].cpu().numpy()
+                if plain:
+                    descent.follow(sampled)
+                    continue
+                descent.follow(sampled[active])
+                for row in descent.active.tolist():
+                    output_token_ids[row].append(int(sampled[row]))
+                    appended.append(row)
+                if len(descent.active):
                     # Output lists grew: MinTokens and custom processors look at them again, as in a step of their own.
                     for processor in metadata.logitsprocs.all:
                         processor.update_state(None)
         finally:
-            for row in np.flatnonzero(appended):
-                del output_token_ids[row][-int(appended[row]) :]
-        walks = Walks(np.stack(tokens, axis=1), np.stack(paths, axis=1), lengths)
+            for row in appended:
+                output_token_ids[row].pop()
+        walks = descent.walks()
         return _output(walks, logprobs or None), walks
 
 
+def _copied(logits: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+    """Some rows of the logits, to be overwritten."""
+    if len(rows) == 1:  # several times cheaper than indexing
+        return logits[rows[0] : rows[0] + 1].clone()
+    return logits[torch.from_numpy(rows).to(logits.device)]
+
+
 def _metadata_of(
-    metadata: SamplingMetadata, visited: NDArray[np.int64], drawing: set[int], *, subset: bool
+    metadata: SamplingMetadata, rows: int, visited: NDArray[np.int64], drawing: NDArray[np.int64]
 ) -> SamplingMetadata:
-    """The batch's metadata for one depth: only rows in ``drawing`` may draw from their generators."""
-    if not subset:
-        generators = {row: g for row, g in metadata.generators.items() if row in drawing}
-        return replace(metadata, generators=generators, spec_token_ids=None)
-    if len(visited) == (metadata.temperature.shape[0] if metadata.temperature is not None else -1):
-        generators = {row: g for row, g in metadata.generators.items() if row in drawing}
+    """What the sampler is told at one depth.
+
+    Args:
+        metadata: the batch's.
+        rows: how many rows the batch has.
+        visited: int64 [visited], the rows that are sampled.
+        drawing: int64 [drawing], those of them that may draw from their generators.
+    """
+    generators = metadata.generators
+    if len(visited) == rows:
+        generators = {row: generators[row] for row in drawing.tolist() if row in generators}
         return replace(metadata, generators=generators, spec_token_ids=None)
     position = {int(row): i for i, row in enumerate(visited)}
     index = torch.from_numpy(visited)
@@ -188,7 +186,7 @@ def _metadata_of(
         temperature=pick(metadata.temperature),
         top_p=pick(metadata.top_p),
         top_k=pick(metadata.top_k),
-        generators={position[row]: g for row, g in metadata.generators.items() if row in drawing},
+        generators={position[row]: generators[row] for row in drawing.tolist() if row in generators},
         spec_token_ids=None,
     )
 

@@ -61,15 +61,15 @@ class StepTrees:
             if not drafts:
                 starts[row + 1] = starts[row]
                 continue
-            row_tokens = np.asarray(drafts, dtype=np.int32)
+            row_tokens = np.array(drafts, np.int32)
             n = len(row_tokens)
-            chain = np.arange(-1, n - 1, dtype=np.int32)
-            row_parents = chain
             tree = proposed.get(req_id)
-            if tree is not None and len(tree) >= n and np.array_equal(tree.token_ids[:n], row_tokens):
+            if tree is not None and _begins_with(tree.token_ids, row_tokens):
                 row_parents = tree.parents[:n]
                 trees[row] = tree
-                branched[row] = not np.array_equal(row_parents, chain)
+                branched[row] = not _is_chain(row_parents)
+            else:
+                row_parents = np.arange(-1, n - 1, dtype=np.int32)
             tokens.append(row_tokens)
             parents.append(row_parents)
             starts[row + 1] = starts[row] + n
@@ -95,10 +95,6 @@ class StepTrees:
         """int32 [rows]: the logits row of every root."""
         return self.starts[:-1] + np.arange(self.num_rows, dtype=np.int32)
 
-    def find_child(self, row: int, node: int, token: int) -> int:
-        """The first child of ``node`` (-1: the root) that carries ``token``; -1 if there is none."""
-        return int(_find_child(self.tokens, self.parents, self.starts[row], self.starts[row + 1], node, token))
-
 
 @dataclass(slots=True)
 class Walks:
@@ -119,6 +115,61 @@ class Walks:
         return self.paths[row, : self.lengths[row] - 1]
 
 
+class Descent:
+    """Walks down every tree of a step one depth at a time, for sampling that depends on what was sampled before.
+
+    Args:
+        step: the trees.
+        discard: bool [rows], rows whose walk ends at the root.
+
+    Attributes:
+        active: int64 [a], the rows whose walk goes on, ascending.
+        logits_rows: int64 [rows], the logits row of the root or node where each walk stands.
+    """
+
+    def __init__(self, step: StepTrees, discard: NDArray[np.bool_]) -> None:
+        self.active: NDArray[np.int64]
+        self.logits_rows: NDArray[np.int64]
+        self.active, self.logits_rows, *walks = _at_the_roots(step.starts)
+        self._step = step
+        self._discard = discard
+        self._depth = 0
+        self._walks = Walks(*walks)
+
+    def follow(self, sampled: NDArray[np.int32]) -> None:
+        """Emit the token sampled at each active row's node; rows with a child that carries it stay active.
+
+        Args:
+            sampled: int32 [a], in the order of ``active``.
+        """
+        step, walks = self._step, self._walks
+        count = _follow(
+            np.ascontiguousarray(sampled),  # else it would be compiled once more
+            step.tokens,
+            step.parents,
+            step.starts,
+            self._discard,
+            self.active,
+            self.logits_rows,
+            walks.tokens,
+            walks.paths,
+            walks.lengths,
+        )
+        self.active = self.active[:count]
+        self._depth += 1
+
+    def walks(self) -> Walks:
+        """Where the walks stand."""
+        return _trimmed(self._walks, self._depth)
+
+
+def warm_up() -> None:
+    """Compile the walks."""
+    step = StepTrees.build(["warm-up"], {"warm-up": [1]}, {"warm-up": DraftTree.chain([1])})
+    walk_all(step, np.array([1, 0]))
+    Descent(step, np.zeros(1, np.bool_)).follow(np.array([0], np.int32))
+
+
 def walk_all(step: StepTrees, sampled: NDArray[np.int64]) -> Walks:
     """Walk every tree at once, given the token sampled at every node.
 
@@ -126,13 +177,39 @@ def walk_all(step: StepTrees, sampled: NDArray[np.int64]) -> Walks:
         step: the trees.
         sampled: int64 [nodes + rows], the sampled token of each logits row.
     """
-    longest = 1 + (int(np.max(np.diff(step.starts))) if step.num_rows else 0)
-    tokens = np.full((step.num_rows, longest), PLACEHOLDER, np.int32)
-    paths = np.full((step.num_rows, longest), -1, np.int32)
-    lengths = np.zeros(step.num_rows, np.int32)
-    _walk_all(sampled, step.tokens, step.parents, step.starts, tokens, paths, lengths)
-    used = int(lengths.max()) if step.num_rows else 1
-    return Walks(tokens[:, :used], paths[:, :used], lengths)
+    walks = Walks(*_at_the_roots(step.starts)[2:])
+    _walk_all(sampled, step.tokens, step.parents, step.starts, walks.tokens, walks.paths, walks.lengths)
+    return _trimmed(walks, int(walks.lengths.max()) if step.num_rows else 1)
+
+
+def _trimmed(walks: Walks, used: int) -> Walks:
+    return Walks(walks.tokens[:, :used], walks.paths[:, :used], walks.lengths)
+
+
+@numba.njit(cache=True)
+def _begins_with(values, start):  # type: ignore[no-untyped-def]
+    return len(values) >= len(start) and np.array_equal(values[: len(start)], start)
+
+
+@numba.njit(cache=True)
+def _is_chain(parents):  # type: ignore[no-untyped-def]
+    for i in range(len(parents)):  # noqa: SIM110 - numba knows no generators
+        if parents[i] != i - 1:
+            return False
+    return True
+
+
+@numba.njit(cache=True)
+def _at_the_roots(starts):  # type: ignore[no-untyped-def]
+    """Before the first sample: every row, the roots' logits rows, and the arrays of empty ``Walks``."""
+    rows = len(starts) - 1
+    active, logits_rows = np.arange(rows), np.empty(rows, np.int64)
+    longest = 1
+    for row in range(rows):
+        logits_rows[row] = starts[row] + row
+        longest = max(longest, 1 + starts[row + 1] - starts[row])
+    tokens, paths = np.full((rows, longest), PLACEHOLDER, np.int32), np.full((rows, longest), -1, np.int32)
+    return active, logits_rows, tokens, paths, np.zeros(rows, np.int32)
 
 
 @numba.njit(cache=True, inline="always")
@@ -159,3 +236,24 @@ def _walk_all(sampled, tokens, parents, starts, out_tokens, out_paths, lengths):
             out_paths[row, length] = node
             length += 1
         lengths[row] = length + 1
+
+
+@numba.njit(cache=True)
+def _follow(sampled, tokens, parents, starts, discard, active, logits_rows, out_tokens, out_paths, lengths):  # type: ignore[no-untyped-def]
+    """Returns how many rows go on; they are moved to the front of ``active``."""
+    going_on = 0
+    for i in range(len(active)):
+        row = active[i]
+        start, length = starts[row], lengths[row]
+        out_tokens[row, length] = sampled[i]
+        lengths[row] = length + 1
+        if discard[row]:
+            continue
+        node = out_paths[row, length - 1] if length > 0 else -1
+        child = _find_child(tokens, parents, start, starts[row + 1], node, sampled[i])
+        if child >= 0:
+            out_paths[row, length] = child
+            logits_rows[row] = start + row + 1 + child
+            active[going_on] = row
+            going_on += 1
+    return going_on

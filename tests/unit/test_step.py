@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from proposers import DraftTree
 from vllm_lookahead.runner import LookaheadRunnerMixin
-from vllm_lookahead.step import PLACEHOLDER, StepTrees, walk_all
+from vllm_lookahead.step import PLACEHOLDER, Descent, StepTrees, walk_all
 
 ROOT = -1
 TREE = DraftTree.from_parents([7, 8, 9, 7, 5], [ROOT, ROOT, 0, 2, 1])
@@ -56,10 +56,19 @@ def test_trees_lie_one_after_the_other() -> None:
     assert step.trees[0] is TREE
     assert step.trees[1] is None
     assert step.trees[2] is chain
-    assert step.find_child(0, ROOT, 8) == 1
-    assert step.find_child(0, 1, 5) == 4
-    assert step.find_child(0, 1, 7) == -1
-    assert step.find_child(2, 0, 2) == 1
+    descent = Descent(step, np.array([False, False, False]))
+    assert descent.active.tolist() == [0, 1, 2]
+    assert descent.logits_rows.tolist() == [0, 6, 7]
+    descent.follow(np.array([8, 8, 1], np.int32))
+    assert descent.active.tolist() == [0, 2], "b has no tree"
+    assert descent.logits_rows.tolist() == [2, 6, 8]
+    descent.follow(np.array([5, 2], np.int32))
+    assert descent.logits_rows.tolist() == [5, 6, 9]
+    descent.follow(np.array([7, 2], np.int32))
+    assert descent.active.tolist() == []
+    walks = descent.walks()
+    assert walks.tokens.tolist() == [[8, 5, 7], [8, PLACEHOLDER, PLACEHOLDER], [1, 2, 2]]
+    assert [walks.path(row).tolist() for row in range(3)] == [[1, 4], [], [0, 1]]
 
 
 def test_the_scheduler_may_cut_a_tree() -> None:
@@ -103,6 +112,11 @@ def test_walks_are_those_of_the_plain_walk(rows: list[tuple[DraftTree, int]], da
         emitted = [*tree.token_ids[path].tolist(), said[path[-1] + 1 if len(path) else 0]]
         padding = [PLACEHOLDER] * (walks.tokens.shape[1] - len(emitted))
         assert walks.tokens[row].tolist() == emitted + padding
+    descent = Descent(step, np.zeros(len(rows), np.bool_))
+    while len(descent.active):
+        descent.follow(sampled[descent.logits_rows[descent.active]].astype(np.int32))
+    assert descent.walks().tokens.tolist() == walks.tokens.tolist()
+    assert descent.walks().paths.tolist() == walks.paths.tolist()
 
 
 def test_a_batch_without_rows() -> None:

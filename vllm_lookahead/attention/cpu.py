@@ -7,7 +7,7 @@ every node sees the prefix, its ancestors and itself. A step of nothing but tree
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -66,14 +66,14 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         trees = self.trees
         if trees is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        rows = torch.from_numpy(trees.rows)
-        seq_lens = common_attn_metadata.seq_lens.clone()
-        seq_lens[rows] = torch.from_numpy(trees.lengths).to(seq_lens.dtype)
-        stock = super().build(common_prefix_len, replace(common_attn_metadata, seq_lens=seq_lens), fast_build)
-        num_blocks = -(-int((trees.prefixes + trees.lengths).max()) // self.block_size)
-        blocks = common_attn_metadata.block_table_tensor[rows, :num_blocks].numpy()
-        values = {field.name: getattr(stock, field.name) for field in fields(CPUAttentionMetadata)}
-        return TreeCPUAttentionMetadata(**values, trees=trees, tree_blocks=blocks)
+        common = common_attn_metadata
+        if len(trees.tokens) < common.num_actual_tokens:  # else vLLM's kernel has no rows
+            seq_lens = common.seq_lens.clone()
+            seq_lens[torch.from_numpy(trees.rows)] = torch.from_numpy(trees.lengths).to(seq_lens.dtype)
+            common = replace(common, seq_lens=seq_lens)
+        stock = super().build(common_prefix_len, common, fast_build)
+        blocks = common.block_table_tensor.numpy()[trees.rows]
+        return TreeCPUAttentionMetadata(**vars(stock), trees=trees, tree_blocks=blocks)
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
@@ -133,11 +133,16 @@ def tree_attention(
     """
     cache = kv_cache.flatten(2)
     cells = cache.numpy() if cache.dtype == torch.float32 else cache.view(torch.uint16).numpy()
+    rows = (trees.lengths, trees.prefixes, trees.offsets, blocks, trees.mask, trees.mask_offsets)
+    result = output.view(-1, *query.shape[1:])
+    if len(trees.tokens) == len(query) and query.dtype == torch.float32 and result.is_contiguous():
+        # nothing but tree rows: packed as they are
+        attend(query.contiguous().numpy(), result.numpy(), cells, *rows, np.float32(scale))
+        return
     tokens = torch.from_numpy(trees.tokens)
     packed = query.index_select(0, tokens).float()
-    rows = (trees.lengths, trees.prefixes, trees.offsets, blocks, trees.mask, trees.mask_offsets)
-    attend(packed.numpy(), cells, *rows, np.float32(scale))
-    output.view(-1, *query.shape[1:]).index_copy_(0, tokens, packed.to(output.dtype))
+    attend(packed.numpy(), packed.numpy(), cells, *rows, np.float32(scale))
+    result.index_copy_(0, tokens, packed.to(output.dtype))
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

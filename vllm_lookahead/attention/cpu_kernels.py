@@ -82,11 +82,12 @@ def _exponentials(scores, highest):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def attend(packed, cache, lengths, prefixes, offsets, blocks, mask, mask_offsets, scale):  # type: ignore[no-untyped-def]
+def attend(packed, out, cache, lengths, prefixes, offsets, blocks, mask, mask_offsets, scale):  # type: ignore[no-untyped-def]
     """Attention of every query over its row's prefix and those of the row's own tokens that its mask lets it see.
 
     Args:
-        packed: float32 [packed, heads, head_size], the queries; overwritten with the result.
+        packed: float32 [packed, heads, head_size], the queries.
+        out: float32 [packed, heads, head_size], receives the result; may be ``packed``.
         cache: float32, or uint16 with the bits of bfloat16, [blocks, kv_heads, 2 * block_size * head_size]: K as
             ``[head_size, block_size]``, then V as ``[block_size, head_size]``. Both sizes are multiples of 8.
         lengths: int64 [rows], see ``TreeRows``.
@@ -155,4 +156,4 @@ def attend(packed, cache, lengths, prefixes, offsets, blocks, mask, mask_offsets
                 for h in range(per_kv):
                     q = i * per_kv + h
                     for d in range(head_size):
-                        packed[first + i, kv_head * per_kv + h, d] = result[q * head_size + d] / total[q]
+                        out[first + i, kv_head * per_kv + h, d] = result[q * head_size + d] / total[q]
