@@ -87,6 +87,22 @@ class DraftTree:
             None if self.chances is None else self.chances[:num_guesses],
         )
 
+    def up_to(self, depth: int) -> DraftTree:
+        """The tree without the guesses deeper than ``depth``; the lookahead branch stays as it is."""
+        kept = np.ones(len(self), np.bool_)
+        kept[: self.num_guesses] = self.depths[: self.num_guesses] <= depth
+        if kept.all():
+            return self
+        index = np.cumsum(kept, dtype=np.int32) - np.int32(1)
+        parents = self.parents[kept]
+        return DraftTree(
+            self.token_ids[kept],
+            np.where(parents == ROOT, parents, index[parents]),  # a kept node's parent is kept: it is less deep
+            self.depths[kept],
+            self.num_branch,
+            None if self.chances is None else self.chances[kept[: self.num_guesses]],
+        )
+
     def ancestor_mask(self) -> BoolArray:
         """Which nodes attend to which, bool [n, n]: node i to node j if j is i or an ancestor of i."""
         mask = np.zeros((len(self), len(self)), np.bool_)

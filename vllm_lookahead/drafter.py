@@ -54,6 +54,7 @@ class Drafter:
         context: IntArray,
         num_prompt_tokens: int,
         budget: int,
+        depth: int,
         *,
         chain: bool = False,
         branch: bool = True,
@@ -65,6 +66,7 @@ class Drafter:
             context: int32 [t], prompt and output so far.
             num_prompt_tokens: how much of ``context`` is the prompt.
             budget: most nodes.
+            depth: no guess may be deeper: the request ends there.
             chain: only a chain can be verified: the tree's first path is returned.
             branch: whether a lookahead branch may pay.
 
@@ -83,6 +85,8 @@ class Drafter:
                 raise ValueError(f"the tree has {len(tree)} nodes, the budget was {budget}")
             if chain:
                 tree = tree.as_chain()
+            if len(tree) > depth:
+                tree = tree.up_to(depth)
             return tree if len(tree) else None
         except Exception:
             self._give_up(req_id)
@@ -154,7 +158,8 @@ class Drafter:
             tree = None
             if sampled and num_tokens < token_ids_cpu.shape[1]:
                 req_id = f"row {row}"
-                tree = self.propose_tree(req_id, token_ids_cpu[row, :num_tokens], num_tokens, self.max_nodes)
+                context = token_ids_cpu[row, :num_tokens]
+                tree = self.propose_tree(req_id, context, num_tokens, self.max_nodes, self.max_nodes)
                 self.finish([req_id])
             drafts.append([] if tree is None else tree.as_chain().token_ids.tolist())
         return drafts

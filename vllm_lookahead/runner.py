@@ -210,7 +210,7 @@ class LookaheadRunnerMixin(Base):
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: NDArray[np.int32], cu_num_scheduled_tokens: NDArray[np.int32]
     ) -> SpecDecodeMetadata:
-        """Which positions get logits: each row's root and nodes. What only vLLM's rejection sampler needs is left out."""
+        """Which positions get logits: each row's root and nodes. Only vLLM's rejection sampler needs more."""
         sampled = num_draft_tokens + 1
         ends = np.cumsum(sampled)
         indices = np.arange(ends[-1]) + np.repeat(cu_num_scheduled_tokens - ends, sampled)
@@ -358,16 +358,23 @@ class LookaheadRunnerMixin(Base):
             return None
         num_tokens = int(batch.num_tokens_no_spec[row])
         limit = min(limit, self.max_model_len - num_tokens - 1)
-        if limit <= 0:
-            return None
         params = self.requests[req_id].sampling_params
-        if params is not None and getattr(params, "thinking_token_budget", None) is not None:
-            return None  # vLLM's forcing state follows committed tokens only
+        num_prompt_tokens = int(batch.num_prompt_tokens[row])
+        depth = limit
+        if params is not None:
+            if getattr(params, "thinking_token_budget", None) is not None:
+                return None  # vLLM's forcing state follows committed tokens only
+            if params.max_tokens is not None:
+                # a step's last token is never a guess
+                depth = params.max_tokens - (num_tokens - num_prompt_tokens) - 1
+        if limit <= 0 or depth <= 0:
+            return None
         return self.drafter.propose_tree(
             req_id,
             batch.token_ids_cpu[row, :num_tokens],
-            int(batch.num_prompt_tokens[row]),
+            num_prompt_tokens,
             limit,
+            depth,
             chain=self._only_chains(req_id),
             branch=self.policy.may_branch(req_id),
         )

@@ -141,6 +141,26 @@ def test_guesses_can_be_cut_without_losing_the_branch(
     assert 9 not in tree.as_chain().token_ids, "a chain is made of guesses"
 
 
+@settings(deadline=None)
+@given(trees(), st.integers(0, 6), st.integers(1, 12))
+def test_guesses_can_be_cut_by_depth(guessed: DraftTree, branch: int, depth: int) -> None:
+    comb = DraftTree.chain([9] * branch)
+    n = len(guessed)
+    tree = DraftTree(
+        np.append(guessed.token_ids, comb.token_ids),
+        np.append(guessed.parents, np.where(comb.parents == ROOT, ROOT, comb.parents + n)).astype(np.int32),
+        np.append(guessed.depths, comb.depths),
+        branch,
+        np.linspace(1, 0, n, dtype=np.float32),
+    )
+    cut = tree.up_to(depth)
+    cut.validate()
+    assert cut.num_branch == branch
+    assert cut.token_ids[cut.num_guesses :].tolist() == [9] * branch
+    guesses = cut.prefix(cut.num_guesses)
+    assert paths(guesses) == {path for path in paths(guessed) if len(path) <= depth}
+
+
 def test_trie_builder_tells_how_many_nodes_are_new() -> None:
     builder = TrieBuilder(budget=4)
     assert builder.add([1, 2]) == 2
