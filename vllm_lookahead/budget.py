@@ -25,16 +25,17 @@ REFIT_EVERY = 8
 FORGET = 0.98
 PRIOR_WEIGHT = 4.0
 
-# overhead and drafting in seconds, scale as a factor: first guesses, and what a fit may find
-START = (1e-3, 1.0, 3e-4)
-LIMITS = (0.0, 0.2, 0.0), (1.0, 20.0, 0.1)
+# overhead, drafting and node in seconds, scale as a factor: first guesses, and what a fit may find
+START = (1e-3, 1.0, 3e-4, 0.0)
+LIMITS = (0.0, 0.2, 0.0, 0.0), (1.0, 20.0, 0.1, 0.01)
+TYPICAL_NODES = 8.0
 
 
 class StepCost:
-    """Seconds per step by tokens computed: ``overhead + scale * forward(tokens)``, plus ``drafting`` with drafts.
+    """Seconds per step: ``overhead + scale * forward(tokens)``, plus ``drafting + node * nodes`` with drafts.
 
     The shape of ``forward`` is measured once, at start-up (flat where memory bandwidth rules, rising where arithmetic
-    does). The three numbers are fitted to the steps that are really observed, as weighted least squares over buckets
+    does). The four numbers are fitted to the steps that are really observed, as weighted least squares over buckets
     of similar size that forget old observations, drawn towards the start-up values where little was observed.
 
     Args:
@@ -46,6 +47,7 @@ class StepCost:
         scale: a real step's forward pass against the one at start-up, which has no context to attend to.
         drafting: seconds that a step with drafts costs beyond what its tokens cost: sampling at nodes, the walk, the
             KV commit, vLLM's bookkeeping.
+        node: seconds that each node costs beyond that: its attention to the context, its logits.
     """
 
     def __init__(self, sizes: Sequence[int], seconds: Sequence[float]) -> None:
@@ -53,10 +55,11 @@ class StepCost:
         # fewer tokens never cost more: what looks like it is noise, which only ever adds time
         self._forward = np.minimum.accumulate(np.asarray(seconds, np.float64)[::-1])[::-1]
         self._table = np.interp(np.arange(sizes[-1] + 1), self._sizes, self._forward)
-        self.overhead, self.scale, self.drafting = START
+        self.overhead, self.scale, self.drafting, self.node = START
         buckets = (2, 64)  # without and with drafts
         self._weight = np.zeros(buckets)
         self._mean_forward = np.zeros(buckets)
+        self._mean_nodes = np.zeros(buckets)
         self._mean_seconds = np.zeros(buckets)
         self._observed = 0
 
@@ -68,21 +71,23 @@ class StepCost:
         """Start-up estimate of a forward pass over so many tokens, in seconds; beyond what was timed, in proportion."""
         return float(_forward(self._table, tokens))
 
-    def seconds(self, tokens: int, *, drafts: bool = False) -> float:
-        """Estimated seconds of a whole step that computes so many tokens, drafts among them or not."""
-        return self.overhead + self.scale * self.forward(tokens) + (self.drafting if drafts else 0.0)
+    def seconds(self, tokens: int, nodes: int = 0) -> float:
+        """Estimated seconds of a whole step that computes so many tokens, so many of them draft nodes."""
+        drafting = self.drafting + self.node * nodes if nodes else 0.0
+        return self.overhead + self.scale * self.forward(tokens) + drafting
 
-    def observe(self, tokens: int, drafts: bool, seconds: float) -> None:
+    def observe(self, tokens: int, nodes: int, seconds: float) -> None:
         """Take one step's wall time into account; outliers (a pause, a compilation) are cut to 3 times the estimate."""
         forward = self.forward(tokens)
         if self._observed > REFIT_EVERY:
-            seconds = min(seconds, 3.0 * self.seconds(tokens, drafts=drafts))
-        at = int(drafts), min(self._weight.shape[1] - 1, int(4 * math.log2(tokens)) if tokens > 0 else 0)
+            seconds = min(seconds, 3.0 * self.seconds(tokens, nodes))
+        at = int(nodes > 0), min(self._weight.shape[1] - 1, int(4 * math.log2(tokens)) if tokens > 0 else 0)
         self._weight *= FORGET ** (1 / REFIT_EVERY)
         weight = self._weight[at] + 1.0
         # a bucket follows its recent past, however long it has existed
         step = max(1.0 / weight, 0.05)
         self._mean_forward[at] += step * (forward - self._mean_forward[at])
+        self._mean_nodes[at] += step * (nodes - self._mean_nodes[at])
         self._mean_seconds[at] += step * (seconds - self._mean_seconds[at])
         self._weight[at] = min(weight, 50.0)
         self._observed += 1
@@ -100,27 +105,31 @@ class StepCost:
         counts = np.zeros(len(values), np.int64)
         ends = np.cumsum([len(v) for v in values], dtype=np.int64)
         chances = np.concatenate(values) if values else np.empty(0, np.float32)
-        rate = _allocate(chances, ends, tokens, self._table, self.overhead, self.scale, self.drafting, counts)
+        rate = _allocate(chances, ends, tokens, self._table, self._fitted(), counts)
         return Allocation(counts.tolist(), rate)
 
     def fit(self) -> tuple[float, ...]:
-        """Overhead, scale and drafting that explain the observations best; ``adopt`` puts them to use."""
+        """Overhead, scale, drafting and node that explain the observations best; ``adopt`` puts them to use."""
         used = self._weight > 0.01
-        w, x, y = self._weight[used], self._mean_forward[used], self._mean_seconds[used]
+        w, x, y, nodes = (
+            values[used] for values in (self._weight, self._mean_forward, self._mean_seconds, self._mean_nodes)
+        )
         drafts = np.repeat([[0.0], [1.0]], self._weight.shape[1], axis=1)[used]
         typical = max(float(np.mean(x)), 1e-9) if len(x) else self.forward(1)
         # rows: observations, then the priors, each in seconds
-        units = np.array([1.0, typical, 1.0])
-        a = np.concatenate(
-            [np.stack([np.ones_like(x), x, drafts], 1) * np.sqrt(w)[:, None], np.diag(units) * np.sqrt(PRIOR_WEIGHT)]
-        )
+        units = np.array([1.0, typical, 1.0, TYPICAL_NODES])
+        observed = np.stack([np.ones_like(x), x, drafts, nodes], 1)
+        a = np.concatenate([observed * np.sqrt(w)[:, None], np.diag(units) * np.sqrt(PRIOR_WEIGHT)])
         b = np.concatenate([y * np.sqrt(w), np.array(START) * units * np.sqrt(PRIOR_WEIGHT)])
         fitted, *_ = np.linalg.lstsq(a, b, rcond=None)
         return tuple(np.clip(fitted, *LIMITS).tolist())
 
     def adopt(self, fitted: tuple[float, ...]) -> None:
         """Estimate with these from now on (in a tensor-parallel group: those of its first rank)."""
-        self.overhead, self.scale, self.drafting = fitted
+        self.overhead, self.scale, self.drafting, self.node = fitted
+
+    def _fitted(self) -> tuple[float, float, float, float]:
+        return self.overhead, self.scale, self.drafting, self.node
 
 
 class Confidence:
@@ -173,11 +182,10 @@ def _allocate(
     ends: NDArray[np.int64],
     tokens: int,
     table: FloatArray,
-    overhead: float,
-    scale: float,
-    drafting: float,
+    fitted: tuple[float, float, float, float],
     counts: NDArray[np.int64],
 ) -> float:
+    overhead, scale, drafting, node = fitted
     falling = chances.astype(np.float64)
     owner = np.empty(len(chances), np.int64)
     start = 0
@@ -193,7 +201,7 @@ def _allocate(
     best, best_rate = 0, plain
     for i in range(len(order)):
         expected += falling[order[i]]
-        rate = expected / (overhead + drafting + scale * _forward(table, tokens + i + 1))
+        rate = expected / (overhead + drafting + node * (i + 1) + scale * _forward(table, tokens + i + 1))
         if rate > best_rate:
             best, best_rate = i + 1, rate
     if best_rate < GAIN * plain:

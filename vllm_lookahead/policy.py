@@ -73,8 +73,8 @@ class DraftPolicy(ABC):
     def observe_token(self, req_id: str, tree: DraftTree, token: int) -> None:  # noqa: B027 - a policy need not learn
         """Take note of the token that really followed, where a tree was proposed but not verified."""
 
-    def observe_step(self, num_tokens: int, drafted: bool, seconds: float) -> None:  # noqa: B027 - a policy need not learn
-        """Take note of the wall time of a decoding step that computed so many tokens, drafts among them or not."""
+    def observe_step(self, num_tokens: int, num_nodes: int, seconds: float) -> None:  # noqa: B027 - a policy need not learn
+        """Take note of the wall time of a decoding step that computed so many tokens, so many of them draft nodes."""
 
     def refit_due(self) -> bool:
         """Count a timed step; whether ``fit`` and ``adopt`` are to be called now."""
@@ -118,7 +118,7 @@ class AutoBudget(DraftPolicy):
         self._idle: dict[str, int] = {}  # proposals in a row that brought no node worth verifying
         self._rested: dict[str, int] = {}  # steps since the last proposal
         self._prior = Confidence()
-        self._tokens = 0  # of the step that is being planned
+        self._tokens = self._nodes = 0  # of the step that is being planned
         self._average_rate = 0.0  # tokens per second that the last steps promised
         self._branch_steps: dict[str, int] = {}
         self._branch_average = 0.5  # tokens per step that branches add
@@ -127,7 +127,7 @@ class AutoBudget(DraftPolicy):
         # seconds, both by the cost model, so that all ranks agree
         self._decoded = 0.0
         self._explored = 0.0
-        self._seen: list[tuple[int, bool, float]] = []  # steps since the last fit: taking them in together is cheaper
+        self._seen: list[tuple[int, int, float]] = []  # steps since the last fit: taking them in together is cheaper
 
     def wants_proposal(self, req_id: str) -> bool:
         """See ``DraftPolicy.wants_proposal``."""
@@ -148,8 +148,9 @@ class AutoBudget(DraftPolicy):
             for req_id, tree in zip(req_ids, trees, strict=True)
         ]
         counts, rate = self.cost.allocate(values, len(req_ids))
-        self._tokens = len(req_ids) + sum(counts)
-        seconds = self.cost.seconds(self._tokens, drafts=any(counts))
+        self._nodes = sum(counts)
+        self._tokens = len(req_ids) + self._nodes
+        seconds = self.cost.seconds(self._tokens, self._nodes)
         # what a step promises weighs as long as it takes
         weight = seconds / (seconds + min(RATE_SECONDS, self._decoded))
         self._average_rate += weight * (rate - self._average_rate)
@@ -175,7 +176,8 @@ class AutoBudget(DraftPolicy):
             return False
         # a branch grows during its first steps: judge it by what it will be
         self._branch_nodes = max(self._branch_nodes, tree.num_branch)
-        extra = self.cost.seconds(self._tokens + self._branch_nodes) - self.cost.seconds(self._tokens)
+        with_branch = self.cost.seconds(self._tokens + self._branch_nodes, self._nodes + self._branch_nodes)
+        extra = with_branch - self.cost.seconds(self._tokens, self._nodes)
         price = self._average_rate * extra
         if gain is not None:
             self._branch_average += 0.01 * (gain - self._branch_average)
@@ -190,6 +192,7 @@ class AutoBudget(DraftPolicy):
         if keep:
             self._idle[req_id] = 0  # the window must move
             self._tokens += tree.num_branch
+            self._nodes += tree.num_branch
         self._branch_steps[req_id] = steps + 1 if keep else GIVEN_UP
         return keep
 
@@ -211,9 +214,9 @@ class AutoBudget(DraftPolicy):
                 req_id, *_promises_at_root(tree.parents[:n], self._chances(req_id, tree), tree.token_ids, token)
             )
 
-    def observe_step(self, num_tokens: int, drafted: bool, seconds: float) -> None:
+    def observe_step(self, num_tokens: int, num_nodes: int, seconds: float) -> None:
         """See ``DraftPolicy.observe_step``."""
-        self._seen.append((num_tokens, drafted, seconds))
+        self._seen.append((num_tokens, num_nodes, seconds))
 
     def finish(self, req_ids: Iterable[str]) -> None:
         """See ``DraftPolicy.finish``."""
@@ -232,8 +235,8 @@ class AutoBudget(DraftPolicy):
 
     def fit(self) -> tuple[float, ...]:
         """See ``DraftPolicy.fit``."""
-        for num_tokens, drafted, seconds in self._seen:
-            self.cost.observe(num_tokens, drafted, seconds)
+        for num_tokens, num_nodes, seconds in self._seen:
+            self.cost.observe(num_tokens, num_nodes, seconds)
         self._seen.clear()
         return self.cost.fit()
 

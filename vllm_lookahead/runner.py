@@ -49,7 +49,7 @@ TIME_EVERY, TIME_EVERY_LATER, LATER = 4, 16, 512
 class _TimedStep(NamedTuple):
     start: float
     num_tokens: int
-    drafted: bool
+    num_nodes: int
     req_ids: frozenset[str]
 
 
@@ -164,15 +164,16 @@ class LookaheadRunnerMixin(Base):
         req_ids = scheduler_output.num_scheduled_tokens
         if last is not None:
             if not last.req_ids.isdisjoint(req_ids):
-                self.policy.observe_step(last.num_tokens, last.drafted, now - last.start)
+                self.policy.observe_step(last.num_tokens, last.num_nodes, now - last.start)
             return
         if self.policy.refit_due():
             self.policy.adopt(self._agree(self.policy.fit()))
         drafts = scheduler_output.scheduled_spec_decode_tokens
         num_tokens = scheduler_output.total_num_scheduled_tokens
         # every row has at least one token beside its drafts; only a decoding row has no more
-        if req_ids and num_tokens == len(req_ids) + sum(map(len, drafts.values())):
-            self._last_step = _TimedStep(now, num_tokens, bool(drafts), frozenset(req_ids))
+        num_nodes = sum(map(len, drafts.values()))
+        if req_ids and num_tokens == len(req_ids) + num_nodes:
+            self._last_step = _TimedStep(now, num_tokens, num_nodes, frozenset(req_ids))
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self._observe_step_time(scheduler_output)

@@ -23,12 +23,13 @@ def chain(*chances: float) -> DraftTree:
     return replace(DraftTree.chain(list(range(len(chances)))), chances=np.array(chances, np.float32))
 
 
-def steps_of(cost: StepCost, overhead: float, scale: float, drafting: float) -> None:
+def steps_of(cost: StepCost, overhead: float, scale: float, drafting: float, node: float = 0.0) -> None:
     """Show it some seconds of decoding on a machine with these constants."""
     rng = np.random.default_rng(0)
     for _ in range(400):
-        tokens, drafts = int(rng.integers(1, 60)), bool(rng.integers(2))
-        cost.observe(tokens, drafts, overhead + scale * cost.forward(tokens) + drafting * drafts)
+        rows, nodes = int(rng.integers(1, 30)), int(rng.integers(0, 30) * rng.integers(2))
+        extra = drafting + node * nodes if nodes else 0.0
+        cost.observe(rows + nodes, nodes, overhead + scale * cost.forward(rows + nodes) + extra)
     cost.adopt(cost.fit())
 
 
@@ -52,15 +53,15 @@ def test_a_gain_too_small_to_be_sure_of_is_left() -> None:
     assert FREE.allocate([np.array([0.01], np.float32)], 1).counts == [0]
 
 
-@given(st.lists(chances, min_size=1, max_size=6), st.floats(0.0, 1.0), st.floats(0.0, 0.01))
-def test_no_other_prefix_promises_more(values: list[np.ndarray], slope: float, drafting: float) -> None:
+@given(st.lists(chances, min_size=1, max_size=6), st.floats(0.0, 1.0), st.floats(0.0, 0.01), st.floats(0.0, 1e-3))
+def test_no_other_prefix_promises_more(values: list[np.ndarray], slope: float, drafting: float, node: float) -> None:
     cost = StepCost([1, 500], [0.01, 0.01 + slope])
-    cost.adopt((0.001, 1.0, drafting))
+    cost.adopt((0.001, 1.0, drafting, node))
     rows = len(values)
 
     def rate(counts: list[int]) -> float:
         expected = rows + sum(float(v[:n].astype(np.float64).sum()) for v, n in zip(values, counts, strict=True))
-        return expected / cost.seconds(rows + sum(counts), drafts=any(counts))
+        return expected / cost.seconds(rows + sum(counts), sum(counts))
 
     chosen = cost.allocate(values, rows)
     none = [0] * rows
@@ -77,17 +78,18 @@ def test_no_other_prefix_promises_more(values: list[np.ndarray], slope: float, d
 
 def test_constants_are_found() -> None:
     cost = StepCost([1, 10, 100], [0.002, 0.003, 0.02])
-    steps_of(cost, overhead=0.004, scale=2.0, drafting=0.001)
+    steps_of(cost, overhead=0.004, scale=2.0, drafting=0.001, node=0.0002)
     assert cost.overhead == pytest.approx(0.004, rel=0.1)
     assert cost.scale == pytest.approx(2.0, rel=0.05)
     assert cost.drafting == pytest.approx(0.001, rel=0.1)
+    assert cost.node == pytest.approx(0.0002, rel=0.1)
 
 
 def test_a_pause_does_not_count_as_a_slow_step() -> None:
     cost = StepCost([1, 10, 100], [0.002, 0.003, 0.02])
     steps_of(cost, overhead=0.004, scale=2.0, drafting=0.001)
     before = cost.seconds(8)
-    cost.observe(8, False, 60.0)
+    cost.observe(8, 0, 60.0)
     cost.adopt(cost.fit())
     assert cost.seconds(8) < 1.2 * before
 
