@@ -12,6 +12,7 @@ from proposers import DraftTree
 from vllm_lookahead.attention.cpu import (
     TreeCPUAttentionImpl,
     TreeCPUAttentionMetadataBuilder,
+    make_plan,
     tree_attention,
     unsupported_reason,
 )
@@ -45,17 +46,24 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
                     return reason
                 impls.append(impl)
         self._impls = impls
-        self._builders = [group.get_metadata_builder(0) for group in groups]
+        builders = [group.get_metadata_builder(0) for group in groups]
+        self._builders = [b for b in builders if isinstance(b, TreeCPUAttentionMetadataBuilder)]  # all of them
+        self._serves_trees = False
         self._commit = CPUCommit(self.kv_caches)
         return None
 
     def set_trees(self, trees: TreeRows | None) -> None:
         """See ``LookaheadRunnerMixin.set_trees``."""
         for builder in self._builders:
-            assert isinstance(builder, TreeCPUAttentionMetadataBuilder)
             builder.trees = trees
-        for impl in self._impls:
-            impl.serve_trees(trees is not None)
+        if self._serves_trees != (trees is not None):
+            self._serves_trees = trees is not None
+            for impl in self._impls:
+                impl.serve_trees(self._serves_trees)
+
+    def place_tokens(self, trees: TreeRows) -> None:
+        """See ``LookaheadRunnerMixin.place_tokens``."""
+        self.positions.numpy()[trees.tokens] = trees.positions
 
     def run_branches(self, rows: list[BranchRow], common: CommonAttentionMetadata) -> list[NDArray[np.int32]]:
         """See ``LookaheadRunnerMixin.run_branches``."""
@@ -74,7 +82,8 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
         layer = next(iter(self.compilation_config.static_forward_context.values()))
         query = torch.zeros(4, layer.impl.num_heads, layer.impl.head_size, dtype=self.dtype)
         blocks = np.zeros((1, 1), np.int32)
-        tree_attention(query, cache, trees, blocks, layer.impl.scale, torch.zeros_like(query))
+        plan = make_plan(trees, blocks)
+        tree_attention(query, cache, trees.tokens, plan, layer.impl.scale, torch.zeros_like(query))
 
     def commit_kv(self, step: StepTrees, walks: Walks) -> None:
         """See ``LookaheadRunnerMixin.commit_kv``."""

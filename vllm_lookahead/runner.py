@@ -97,6 +97,11 @@ class LookaheadRunnerMixin(Base):
         """Hand the step's tree rows to the attention metadata builders."""
         raise NotImplementedError
 
+    def place_tokens(self, trees: TreeRows) -> None:
+        """Write the tree rows' RoPE positions over those of a chain."""
+        device = self.positions.device
+        self.positions[torch.from_numpy(trees.tokens).to(device)] = torch.from_numpy(trees.positions).to(device)
+
     def commit_kv(self, step: StepTrees, walks: Walks) -> None:
         """Move the accepted nodes' KV to the contiguous slots after the root."""
         raise NotImplementedError
@@ -202,10 +207,10 @@ class LookaheadRunnerMixin(Base):
             trees = TreeRows.of(step, self.query_start_loc.np, self.optimistic_seq_lens_cpu.numpy())
             if trees is not None:
                 # RoPE positions follow the depth; KV slots keep the flat positions that they were computed from
-                device = self.positions.device
-                self.positions[torch.from_numpy(trees.tokens).to(device)] = torch.from_numpy(trees.positions).to(device)
+                self.place_tokens(trees)
+            if trees is not None or self._has_trees:
+                self.set_trees(trees)
             self._has_trees = trees is not None
-            self.set_trees(trees)
         return result
 
     def _calc_spec_decode_metadata(
@@ -261,7 +266,7 @@ class LookaheadRunnerMixin(Base):
             self.input_batch.req_output_token_ids[:rows],
         )
         self._walks = walks
-        if step.branched.any():
+        if self._has_trees:
             self.commit_kv(step, walks)
         if output.sampled_token_ids.device != logits.device:
             output.sampled_token_ids = output.sampled_token_ids.to(logits.device)

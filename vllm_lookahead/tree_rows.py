@@ -48,7 +48,7 @@ class TreeRows:
             query_start: int32 [batch + 1], each row's first token in the flattened batch.
             seq_lens: int32 [batch], tokens of each row after this step if every node were accepted.
         """
-        if not step.branched.any():
+        if not np.count_nonzero(step.branched):
             return None
         return cls(*_lay_out(step.branched, step.starts, step.parents, query_start, seq_lens))
 

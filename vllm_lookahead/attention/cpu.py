@@ -29,17 +29,20 @@ READABLE_ISAS = ("vec", "vec16")
 """Kernels whose cache layout we can read: K transposed, V plain (see ``vllm_lookahead.kv.CPUCommit``)."""
 
 
+Plan = tuple[NDArray[np.generic], ...]
+
+
 @dataclass(kw_only=True)
 class TreeCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata, and what the tree rows need.
 
     Attributes:
         trees: the step's tree rows.
-        tree_blocks: int32 [tree rows, most blocks], their cache blocks.
+        tree_plan: see ``make_plan``.
     """
 
     trees: TreeRows
-    tree_blocks: NDArray[np.int32]
+    tree_plan: Plan
 
 
 class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -72,8 +75,8 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             seq_lens[torch.from_numpy(trees.rows)] = torch.from_numpy(trees.lengths).to(seq_lens.dtype)
             common = replace(common, seq_lens=seq_lens)
         stock = super().build(common_prefix_len, common, fast_build)
-        blocks = common.block_table_tensor.numpy()[trees.rows]
-        return TreeCPUAttentionMetadata(**vars(stock), trees=trees, tree_blocks=blocks)
+        tree_plan = make_plan(trees, common.block_table_tensor.numpy()[trees.rows])
+        return TreeCPUAttentionMetadata(**vars(stock), trees=trees, tree_plan=tree_plan)
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
@@ -109,15 +112,25 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if ours is not None:
-            tree_attention(query, kv_cache, ours.trees, ours.tree_blocks, self.scale, output)
+            tree_attention(query, kv_cache, ours.trees.tokens, ours.tree_plan, self.scale, output)
         return result
+
+
+def make_plan(trees: TreeRows, blocks: NDArray[np.int32]) -> Plan:
+    """What ``attend`` is told about the tree rows, the same in every layer.
+
+    Args:
+        trees: the tree rows.
+        blocks: int32 [tree rows, most blocks], their cache blocks.
+    """
+    return trees.lengths, trees.prefixes, trees.offsets, blocks, trees.mask, trees.mask_offsets
 
 
 def tree_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
-    trees: TreeRows,
-    blocks: NDArray[np.int32],
+    tokens: NDArray[np.int64],
+    plan: Plan,
     scale: float,
     output: torch.Tensor,
 ) -> None:
@@ -126,23 +139,22 @@ def tree_attention(
     Args:
         query: [tokens, num_heads, head_size], float32 or bfloat16.
         kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], K of a block transposed (see ``kv.CPUCommit``).
-        trees: the tree rows.
-        blocks: int32 [tree rows, most blocks], their cache blocks.
+        tokens: int64 [packed], the tree rows' tokens: ``TreeRows.tokens``.
+        plan: see ``make_plan``.
         scale: factor of the scores.
         output: [tokens, num_heads, head_size], the tree rows' part is written in place.
     """
     cache = kv_cache.flatten(2)
     cells = cache.numpy() if cache.dtype == torch.float32 else cache.view(torch.uint16).numpy()
-    rows = (trees.lengths, trees.prefixes, trees.offsets, blocks, trees.mask, trees.mask_offsets)
     result = output.view(-1, *query.shape[1:])
-    if len(trees.tokens) == len(query) and query.dtype == torch.float32 and result.is_contiguous():
+    if len(tokens) == len(query) and query.dtype == torch.float32 and result.is_contiguous():
         # nothing but tree rows: packed as they are
-        attend(query.contiguous().numpy(), result.numpy(), cells, *rows, np.float32(scale))
+        attend(query.contiguous().numpy(), result.numpy(), cells, *plan, np.float32(scale))
         return
-    tokens = torch.from_numpy(trees.tokens)
-    packed = query.index_select(0, tokens).float()
-    attend(packed.numpy(), packed.numpy(), cells, *rows, np.float32(scale))
-    result.index_copy_(0, tokens, packed.to(output.dtype))
+    index = torch.from_numpy(tokens)
+    packed = query.index_select(0, index).float()
+    attend(packed.numpy(), packed.numpy(), cells, *plan, np.float32(scale))
+    result.index_copy_(0, index, packed.to(output.dtype))
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):
