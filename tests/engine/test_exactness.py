@@ -26,6 +26,19 @@ def test_alone(case: Case, ours: LLM, reference: Reference, encode: Encode) -> N
         assert ended_inside_a_path(got, spy) >= 3, "the case has to end requests in the middle of an accepted path"
 
 
+def test_no_guess_reaches_beyond_max_tokens(
+    ours: LLM, method: dict[str, Any], reference: Reference, encode: Encode
+) -> None:
+    """Where a path ends with the request itself, not in its middle; only a walk through the window may go further."""
+    case = next(case for case in CASES if case.name == "max_tokens")
+    with TreeSpy.on(ours) as spy:
+        got = run(ours, case.requests(encode))
+    assert_same(reference(case), got, case.prompts)
+    assert spy.drafts_accepted >= 40
+    beyond = ended_inside_a_path(got, spy)
+    assert beyond == 0 if method["method"] == "prompt_lookup" else beyond <= 2
+
+
 def test_all_cases_mixed_with_random_arrival(
     ours: LLM, reference: Reference, everything: list[tuple[Case, Request]]
 ) -> None:

@@ -142,13 +142,14 @@ def attend(packed, out, cache, lengths, prefixes, offsets, blocks, mask, mask_of
                             s[j] = MASKED
                     s[keys:] = MASKED
                     high = maximum(scores, q * block_size, columns, highest[q])
-                    # at first there is nothing to correct, and exp(MASKED - high) is 0
-                    correction = np.float32(np.exp(highest[q] - high))
-                    highest[q] = high
-                    total[q] = total[q] * correction + _exponentials(s, high)
-                    if correction != 1.0:
-                        for at in range(q * head_size, (q + 1) * head_size):
-                            result[at] *= correction
+                    if high > highest[q]:
+                        if total[q] > 0.0:  # at first there is nothing to correct
+                            correction = np.float32(np.exp(highest[q] - high))
+                            total[q] *= correction
+                            for at in range(q * head_size, (q + 1) * head_size):
+                                result[at] *= correction
+                        highest[q] = high
+                    total[q] += _exponentials(s, high)
                 v = _as_floats(block[half:], scratch)
                 # only as deep as there are keys: what lies beyond may be anything, even NaN
                 _add_product(scores, block_size, v, head_size, result, head_size, padded, keys, head_size)
