@@ -1,0 +1,121 @@
+"""Our method against stock vLLM inside one engine, request by request in turns: the ratio without a process's luck.
+
+    python benchmarks/in_turns.py --prompts HumanEval.jsonl.gz --temperature 0.8 --max-tokens 256
+    python benchmarks/in_turns.py --prompts random --temperature 1.2 --batch 2
+
+On a small or shared machine two processes with the same engine differ by several percent, because of the cores and the
+memory that they got. Here one engine of one process serves every group of requests twice, in random order: as it is,
+and with vLLM's own methods put back over those of our model runner and the speculative mode switched off. What stays
+ours even then (the sampler's processors, the attention class, whose ``forward`` is vLLM's without trees) costs nothing
+measurable; memory and caches are shared. Outputs have to be equal. One thread, float32, CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+os.environ.update(OMP_NUM_THREADS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import numpy as np
+from vllm import LLM, SamplingParams
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_lookahead.bench.prompts import order, read_prompts
+from vllm_lookahead.demo.run import MODEL
+from vllm_lookahead.runner import LookaheadRunnerMixin
+
+HOOKS = [name for name in vars(LookaheadRunnerMixin) if hasattr(CPUModelRunner, name) and not name.startswith("__")]
+"""What our runner overrides of vLLM's."""
+
+
+@contextmanager
+def as_stock(llm: LLM) -> Iterator[None]:
+    """Within the block the engine decodes as vLLM does without speculation. No request may be in it."""
+    core: Any = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    runner.set_trees(None)
+    speculative, runner.speculative_config = runner.speculative_config, None
+    use, core.use_spec_decode = core.use_spec_decode, False
+    for name in HOOKS:
+        setattr(runner, name, getattr(CPUModelRunner, name).__get__(runner))
+    try:
+        yield
+    finally:
+        for name in HOOKS:
+            delattr(runner, name)
+        runner.speculative_config, core.use_spec_decode = speculative, use
+
+
+def serve(llm: LLM, prompts: list[Any], params: list[SamplingParams]) -> tuple[float, list[list[int]]]:
+    """Seconds and outputs of one group of requests that arrive together."""
+    begin = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - begin, [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def main() -> None:
+    """Parse the command line and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--method", default="prompt_lookup")
+    parser.add_argument("--prompts", default="demo")
+    parser.add_argument("--num-prompts", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--compiled", action="store_true", help="vLLM's default; without it, eager mode")
+    options = parser.parse_args()
+    llm = LLM(
+        options.model,
+        dtype="float32",
+        enforce_eager=not options.compiled,
+        max_num_batched_tokens=32768,  # stock vLLM on a CPU fails on seeded requests that are prefilled in parts
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=1 << 30,
+        speculative_config={"method": options.method},
+    )
+    texts = read_prompts(options.prompts)
+    chosen = order(len(texts), 0, options.num_prompts, options.num_prompts, rotate=False)
+    prompts: list[Any] = [texts[i].text for i in chosen]
+    params = [
+        SamplingParams(
+            temperature=options.temperature,
+            seed=i if options.temperature else None,
+            max_tokens=options.max_tokens,
+            ignore_eos=True,
+        )
+        for i in chosen
+    ]
+    groups = [slice(i, i + options.batch) for i in range(0, options.num_prompts, options.batch)]
+    serve(llm, prompts[:4], params[:4])
+    times: dict[str, list[float]] = {"stock": [], "ours": []}
+    for _ in range(options.rounds):
+        for group in groups:
+            outputs = {}
+            for name in random.sample(list(times), 2):
+                if name == "ours":
+                    seconds, outputs[name] = serve(llm, prompts[group], params[group])
+                else:
+                    with as_stock(llm):
+                        seconds, outputs[name] = serve(llm, prompts[group], params[group])
+                times[name].append(seconds)
+            assert outputs["stock"] == outputs["ours"], "the outputs differ"
+    stock, ours = np.array(times["stock"]), np.array(times["ours"])
+    low, median, high = np.percentile(stock / ours, [25, 50, 75])
+    print(
+        f"[{options.method}], batch {options.batch}, temperature {options.temperature}, {options.max_tokens} tokens, "
+        f"{'compiled' if options.compiled else 'eager'}: {stock.sum() / ours.sum():.3f}x stock in all, "
+        f"by group {median:.3f} (quartiles {low:.3f} - {high:.3f}); {len(stock)} groups, outputs identical"
+    )
+
+
+if __name__ == "__main__":
+    main()
