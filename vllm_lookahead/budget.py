@@ -73,8 +73,7 @@ class StepCost:
 
     def seconds(self, tokens: int, nodes: int = 0) -> float:
         """Estimated seconds of a whole step that computes so many tokens, so many of them draft nodes."""
-        drafting = self.drafting + self.node * nodes if nodes else 0.0
-        return self.overhead + self.scale * self.forward(tokens) + drafting
+        return float(_seconds(self._table, self._fitted(), tokens, nodes))
 
     def observe(self, tokens: int, nodes: int, seconds: float) -> None:
         """Take one step's wall time into account; outliers (a pause, a compilation) are cut to 3 times the estimate."""
@@ -177,6 +176,13 @@ def _forward(table: FloatArray, tokens: int) -> float:
 
 
 @njit(cache=True)
+def _seconds(table: FloatArray, fitted: tuple[float, float, float, float], tokens: int, nodes: int) -> float:
+    overhead, scale, drafting, node = fitted
+    seconds = overhead + scale * _forward(table, tokens)
+    return seconds + drafting + node * nodes if nodes > 0 else seconds
+
+
+@njit(cache=True)
 def _allocate(
     chances: NDArray[np.float32],
     ends: NDArray[np.int64],
@@ -185,7 +191,6 @@ def _allocate(
     fitted: tuple[float, float, float, float],
     counts: NDArray[np.int64],
 ) -> float:
-    overhead, scale, drafting, node = fitted
     falling = chances.astype(np.float64)
     owner = np.empty(len(chances), np.int64)
     start = 0
@@ -197,11 +202,11 @@ def _allocate(
         start = ends[row]
     order = np.argsort(-falling, kind="mergesort")
     expected = float(tokens)
-    plain = expected / (overhead + scale * _forward(table, tokens))
+    plain = expected / _seconds(table, fitted, tokens, 0)
     best, best_rate = 0, plain
     for i in range(len(order)):
         expected += falling[order[i]]
-        rate = expected / (overhead + drafting + node * (i + 1) + scale * _forward(table, tokens + i + 1))
+        rate = expected / _seconds(table, fitted, tokens + i + 1, i + 1)
         if rate > best_rate:
             best, best_rate = i + 1, rate
     if best_rate < GAIN * plain:

@@ -195,9 +195,7 @@ class LookaheadRunnerMixin(Base):
         if not drafts:
             self._step = None
             self._forget_proposed(scheduler_output)
-            if self._has_trees:
-                self._has_trees = False
-                self.set_trees(None)
+            self._serve_trees(None)
             with replaced(self, "speculative_config", None):  # as without speculation, which costs less
                 return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
@@ -208,10 +206,13 @@ class LookaheadRunnerMixin(Base):
             if trees is not None:
                 # RoPE positions follow the depth; KV slots keep the flat positions that they were computed from
                 self.place_tokens(trees)
-            if trees is not None or self._has_trees:
-                self.set_trees(trees)
-            self._has_trees = trees is not None
+            self._serve_trees(trees)
         return result
+
+    def _serve_trees(self, trees: TreeRows | None) -> None:
+        if trees is not None or self._has_trees:
+            self.set_trees(trees)
+        self._has_trees = trees is not None
 
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: NDArray[np.int32], cu_num_scheduled_tokens: NDArray[np.int32]
