@@ -62,6 +62,9 @@ class StepCost:
         self._mean_nodes = np.zeros(buckets)
         self._mean_seconds = np.zeros(buckets)
         self._observed = 0
+        # compiled here, not while the first request waits
+        self.seconds(1, 1)
+        self.allocate([np.ones(1, np.float32)], 1)
 
     def __str__(self) -> str:
         times = ", ".join(f"{int(n)}: {t * 1e3:.2f}" for n, t in zip(self._sizes, self._forward, strict=True))
