@@ -114,8 +114,8 @@ class LookaheadGPURunner(LookaheadRunnerMixin, GPUModelRunner):
         for builder in self._builders:
             builder.trees = self._packed
 
-    def set_positions(self, trees: TreeRows) -> None:
-        """See ``LookaheadRunnerMixin.set_positions``; after ``set_trees``."""
+    def place_tokens(self, trees: TreeRows) -> None:
+        """See ``LookaheadRunnerMixin.place_tokens``."""
         assert self._packed is not None
         self.positions.index_copy_(0, self._packed.tokens, self._packed.positions)
 

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
+from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
@@ -56,8 +57,7 @@ class _TimedStep(NamedTuple):
 class LookaheadRunnerMixin(Base):
     """Verifies draft trees in one forward pass and proposes the next ones.
 
-    A subclass names vLLM's runner after this mixin and implements ``tree_support``, ``set_trees`` and
-    ``commit_kv``.
+    A subclass names vLLM's runner after this mixin and implements what a device's runner provides.
     """
 
     drafter: Drafter
@@ -82,6 +82,10 @@ class LookaheadRunnerMixin(Base):
         self._unverified: dict[str, DraftTree] = {}
         self._steps = 0
         self._last_step: _TimedStep | None = None
+        # Without drafts, too: a separate branch needs the metadata that vLLM makes for drafters, and recurrent layers
+        # find their state where the last step's drafts left it.
+        self._needs_speculative_mode = self.drafter.proposer.separate_branch or self.model_config.is_hybrid
+        self._is_plain = False  # the step that runs has no drafts and hides ``speculative_config`` from vLLM
         self._has_trees = False  # in the step that was prepared last
         self._step: StepTrees | None = None
         self._walks: Walks | None = None
@@ -98,9 +102,8 @@ class LookaheadRunnerMixin(Base):
         raise NotImplementedError
 
     def place_tokens(self, trees: TreeRows) -> None:
-        """Write the tree rows' RoPE positions over those of a chain."""
-        device = self.positions.device
-        self.positions[torch.from_numpy(trees.tokens).to(device)] = torch.from_numpy(trees.positions).to(device)
+        """Write the tree rows' RoPE positions over those of a chain; after ``set_trees``."""
+        raise NotImplementedError
 
     def commit_kv(self, step: StepTrees, walks: Walks) -> None:
         """Move the accepted nodes' KV to the contiguous slots after the root."""
@@ -180,6 +183,26 @@ class LookaheadRunnerMixin(Base):
         if req_ids and num_tokens == len(req_ids) + num_nodes:
             self._last_step = _TimedStep(now, num_tokens, num_nodes, frozenset(req_ids))
 
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, intermediate_tensors: IntermediateTensors | None = None
+    ) -> Any:
+        """As vLLM's; a step without drafts runs as if there were no speculation, which costs less."""
+        self._is_plain = not (scheduler_output.scheduled_spec_decode_tokens or self._needs_speculative_mode)
+        if not self._is_plain:
+            return super().execute_model(scheduler_output, intermediate_tensors)
+        with replaced(self, "speculative_config", None):
+            return super().execute_model(scheduler_output, intermediate_tensors)
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
+        """As vLLM's; after a step without drafts the next are drafted here, since vLLM knows of no drafter then."""
+        if not self._is_plain or self.execute_model_state is None:
+            return super().sample_tokens(grammar_output)
+        with replaced(self, "speculative_config", None):
+            output = super().sample_tokens(grammar_output)
+        self._draft_token_ids = self._draft(output.sampled_token_ids)
+        return output
+
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         self._observe_step_time(scheduler_output)
         if scheduler_output.finished_req_ids:
@@ -196,17 +219,16 @@ class LookaheadRunnerMixin(Base):
             self._step = None
             self._forget_proposed(scheduler_output)
             self._serve_trees(None)
-            with replaced(self, "speculative_config", None):  # as without speculation, which costs less
-                return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+            return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         step = self._step = StepTrees.build(self.input_batch.req_ids, drafts, self._proposed)
         self._forget_proposed(scheduler_output)
         if self.trees_verifiable:
             trees = TreeRows.of(step, self.query_start_loc.np, self.optimistic_seq_lens_cpu.numpy())
+            self._serve_trees(trees)
             if trees is not None:
                 # RoPE positions follow the depth; KV slots keep the flat positions that they were computed from
                 self.place_tokens(trees)
-            self._serve_trees(trees)
         return result
 
     def _serve_trees(self, trees: TreeRows | None) -> None:
@@ -232,15 +254,11 @@ class LookaheadRunnerMixin(Base):
             logits_indices=torch.from_numpy(indices).to(self.device, non_blocking=True),
         )
 
-    def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        if self._step is not None:
-            return super()._preprocess(scheduler_output, *args, **kwargs)
-        with replaced(self, "speculative_config", None):  # as without speculation: no placeholders to clamp
-            return super()._preprocess(scheduler_output, *args, **kwargs)
-
     def take_draft_token_ids(self) -> DraftTokenIds | None:
-        """As vLLM's; nothing if nothing was drafted, which saves the scheduler a round over its requests."""
-        return super().take_draft_token_ids() if self._proposed else None
+        """What was drafted last; None if nothing was, which saves the scheduler a round over its requests."""
+        if not self._proposed or self._draft_token_ids is None:
+            return None
+        return DraftTokenIds(self.input_batch.req_ids, self._draft_token_ids)
 
     def _forget_proposed(self, scheduler_output: SchedulerOutput) -> None:
         if not self._proposed:
@@ -296,13 +314,26 @@ class LookaheadRunnerMixin(Base):
         common_attn_metadata: CommonAttentionMetadata,
         slot_mappings: Any,
     ) -> list[list[int]]:
-        """Feed back what was verified, then guess the next trees; flattened, one list per batch row."""
+        """vLLM's hook for ``_draft``, after steps that are not plain."""
         assert isinstance(sampled_token_ids, list)
+        return self._draft(sampled_token_ids, common_attn_metadata)
+
+    # ---- drafting
+
+    def _draft(
+        self, sampled_token_ids: list[list[int]], common: CommonAttentionMetadata | None = None
+    ) -> list[list[int]]:
+        """Feed back what was verified, then guess the next trees; flattened, one list per batch row.
+
+        Args:
+            sampled_token_ids: what the step emitted, per batch row.
+            common: the step's attention metadata; only a separate lookahead branch needs it.
+        """
         self._observe(sampled_token_ids)
         req_ids = self.input_batch.req_ids[: len(sampled_token_ids)]
         limit = self._node_limit(len(req_ids))
-        if self.drafter.proposer.separate_branch and self.trees_verifiable and limit > 0:
-            self._run_branches(sampled_token_ids, common_attn_metadata)
+        if common is not None and self.drafter.proposer.separate_branch and self.trees_verifiable and limit > 0:
+            self._run_branches(sampled_token_ids, common)
         trees = [self._propose_row(row, limit) if sampled else None for row, sampled in enumerate(sampled_token_ids)]
         if not any(trees) and not self.drafter.proposer.separate_branch:
             return [[] for _ in trees]
@@ -322,8 +353,6 @@ class LookaheadRunnerMixin(Base):
                 self._unverified[req_id] = tree
             drafts.append(chosen.token_ids.tolist())
         return drafts
-
-    # ---- drafting
 
     def _node_limit(self, num_rows: int) -> int:
         """Most nodes per request, the window's included: what was asked for, as long as every row fits the scheduler's
