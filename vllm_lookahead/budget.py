@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +28,10 @@ PRIOR_WEIGHT = 4.0
 
 # overhead, drafting and node in seconds, scale as a factor: first guesses, and what a fit may find
 START = (1e-3, 1.0, 3e-4, 0.0)
+OVERHEAD, FORWARD, DRAFTING, NODES = range(4)
 LIMITS = (0.0, 0.2, 0.0, 0.0), (1.0, 20.0, 0.1, 0.01)
 TYPICAL_NODES = 8.0
+NO_CHANCES = np.empty(0, np.float32)
 
 
 class StepCost:
@@ -58,13 +61,15 @@ class StepCost:
         self.overhead, self.scale, self.drafting, self.node = START
         buckets = (2, 64)  # without and with drafts
         self._weight = np.zeros(buckets)
-        self._mean_forward = np.zeros(buckets)
-        self._mean_nodes = np.zeros(buckets)
+        # the means of what overhead, scale, drafting and node are multiplied with, and of the seconds
+        self._features = np.zeros((*buckets, len(START)))
+        self._features[:, :, OVERHEAD] = self._features[1, :, DRAFTING] = 1.0
         self._mean_seconds = np.zeros(buckets)
         self._observed = 0
-        # compiled here, not while the first request waits
+        # compiled or loaded here, not while the first request waits
         self.seconds(1, 1)
         self.allocate([np.ones(1, np.float32)], 1)
+        self.fit()
 
     def __str__(self) -> str:
         times = ", ".join(f"{int(n)}: {t * 1e3:.2f}" for n, t in zip(self._sizes, self._forward, strict=True))
@@ -88,8 +93,9 @@ class StepCost:
         weight = self._weight[at] + 1.0
         # a bucket follows its recent past, however long it has existed
         step = max(1.0 / weight, 0.05)
-        self._mean_forward[at] += step * (forward - self._mean_forward[at])
-        self._mean_nodes[at] += step * (nodes - self._mean_nodes[at])
+        means = self._features[at]
+        means[FORWARD] += step * (forward - means[FORWARD])
+        means[NODES] += step * (nodes - means[NODES])
         self._mean_seconds[at] += step * (seconds - self._mean_seconds[at])
         self._weight[at] = min(weight, 50.0)
         self._observed += 1
@@ -105,26 +111,22 @@ class StepCost:
             The choice; no node at all if that promises less than ``GAIN`` over no drafts.
         """
         counts = np.zeros(len(values), np.int64)
-        ends = np.cumsum([len(v) for v in values], dtype=np.int64)
-        chances = np.concatenate(values) if values else np.empty(0, np.float32)
+        ends = np.array([*accumulate(map(len, values))], np.int64)  # for a few rows faster than numpy's
+        chances = values[0] if len(values) == 1 else np.concatenate([NO_CHANCES, *values])
         rate = _allocate(chances, ends, tokens, self._table, self._fitted(), counts)
         return Allocation(counts.tolist(), rate)
 
     def fit(self) -> tuple[float, ...]:
         """Overhead, scale, drafting and node that explain the observations best; ``adopt`` puts them to use."""
-        used = self._weight > 0.01
-        w, x, y, nodes = (
-            values[used] for values in (self._weight, self._mean_forward, self._mean_seconds, self._mean_nodes)
-        )
-        drafts = np.repeat([[0.0], [1.0]], self._weight.shape[1], axis=1)[used]
-        typical = max(float(np.mean(x)), 1e-9) if len(x) else self.forward(1)
-        # rows: observations, then the priors, each in seconds
-        units = np.array([1.0, typical, 1.0, TYPICAL_NODES])
-        observed = np.stack([np.ones_like(x), x, drafts, nodes], 1)
-        a = np.concatenate([observed * np.sqrt(w)[:, None], np.diag(units) * np.sqrt(PRIOR_WEIGHT)])
-        b = np.concatenate([y * np.sqrt(w), np.array(START) * units * np.sqrt(PRIOR_WEIGHT)])
-        fitted, *_ = np.linalg.lstsq(a, b, rcond=None)
-        return tuple(np.clip(fitted, *LIMITS).tolist())
+        # the normal equations of the observations and, with a weight of their own, of the starting values
+        w, y = self._weight.ravel(), self._mean_seconds.ravel()
+        x = self._features.reshape(len(w), len(START))
+        forwards = x[w > 0.0, FORWARD]
+        typical = forwards.mean() if len(forwards) else self.forward(1)
+        prior = PRIOR_WEIGHT * np.array([1.0, typical, 1.0, TYPICAL_NODES]) ** 2
+        weighted = x.T * w
+        fitted = np.linalg.solve(weighted @ x + np.diag(prior), weighted @ y + prior * START)
+        return tuple(min(max(value, low), high) for value, low, high in zip(fitted.tolist(), *LIMITS, strict=True))
 
     def adopt(self, fitted: tuple[float, ...]) -> None:
         """Estimate with these from now on (in a tensor-parallel group: those of its first rank)."""

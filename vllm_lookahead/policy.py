@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proposers import DraftTree
-from vllm_lookahead.budget import REFIT_EVERY, Confidence, StepCost
+from vllm_lookahead.budget import NO_CHANCES, REFIT_EVERY, Confidence, StepCost
 
 UNKNOWN_CHANCE = 0.5
 """A node of a proposer that gives no probabilities is assumed to hold this often if its parent does, at first; then
@@ -33,7 +33,6 @@ EXPLORE_SHARE = 0.01
 RATE_SECONDS = 0.5
 """Over about how much decoding the tokens per second are averaged that a branch's time is weighed against."""
 GIVEN_UP = -1
-NO_CHANCES = np.empty(0, np.float32)
 
 
 class DraftPolicy(ABC):
