@@ -21,7 +21,7 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from proposers import DraftTree
-from vllm_lookahead.attention.cpu import READABLE_ISAS, make_plan, tree_attention
+from vllm_lookahead.attention.cpu import READABLE_ISAS, cells_of, make_plan, tree_attention
 from vllm_lookahead.step import StepTrees
 from vllm_lookahead.tree_rows import TreeRows
 
@@ -72,10 +72,10 @@ def measure(options: argparse.Namespace, nodes: int, context: int, rows: int) ->
     assert trees is not None
     assert isa in READABLE_ISAS, f"trees can't be verified with the '{isa}' kernel"
 
-    tree_plan = make_plan(trees, table.numpy())
+    tree_plan, cells = make_plan(trees, table.numpy(), len(query)), cells_of(cache)
 
     def ours() -> None:
-        tree_attention(query, cache, trees.tokens, tree_plan, head_size**-0.5, output)
+        tree_attention(query, cells, tree_plan, head_size**-0.5, output)
 
     return fastest(stock), fastest(ours)
 

@@ -89,19 +89,13 @@ class DraftTree:
 
     def up_to(self, depth: int) -> DraftTree:
         """The tree without the guesses deeper than ``depth``; the lookahead branch stays as it is."""
-        kept = np.ones(len(self), np.bool_)
-        kept[: self.num_guesses] = self.depths[: self.num_guesses] <= depth
-        if kept.all():
+        if len(self) <= depth:
             return self
-        index = np.cumsum(kept, dtype=np.int32) - np.int32(1)
-        parents = self.parents[kept]
-        return DraftTree(
-            self.token_ids[kept],
-            np.where(parents == ROOT, parents, index[parents]),  # a kept node's parent is kept: it is less deep
-            self.depths[kept],
-            self.num_branch,
-            None if self.chances is None else self.chances[kept[: self.num_guesses]],
-        )
+        kept, parents = _up_to(self.parents, self.depths, self.num_guesses, depth)
+        if len(kept) == len(self):
+            return self
+        chances = None if self.chances is None else self.chances[kept[: len(kept) - self.num_branch]]
+        return DraftTree(self.token_ids[kept], parents, self.depths[kept], self.num_branch, chances)
 
     def ancestor_mask(self) -> BoolArray:
         """Which nodes attend to which, bool [n, n]: node i to node j if j is i or an ancestor of i."""
@@ -233,6 +227,23 @@ def _depths(parents: IntArray) -> IntArray:
 
 
 @njit(cache=True)
+def _up_to(parents: IntArray, depths: IntArray, guesses: int, depth: int) -> tuple[IntArray, IntArray]:
+    """The nodes that ``DraftTree.up_to`` keeps, and what their parents' indices become."""
+    kept = np.empty(len(parents), np.int32)
+    moved = np.empty(len(parents), np.int32)
+    new_parents = np.empty(len(parents), np.int32)
+    count = 0
+    for node in range(len(parents)):
+        if node >= guesses or depths[node] <= depth:
+            # a kept node's parent is kept: it is less deep
+            new_parents[count] = parents[node] if parents[node] < 0 else moved[parents[node]]
+            moved[node] = count
+            kept[count] = node
+            count += 1
+    return kept[:count], new_parents[:count]
+
+
+@njit(cache=True)
 def _fill_ancestor_mask(parents: IntArray, mask: BoolArray) -> None:
     for node in range(len(parents)):
         parent = parents[node]
@@ -259,3 +270,4 @@ def warm_up() -> None:
     tree = DraftTree.from_parents([1, 2], [ROOT, 0])
     tree.ancestor_mask()
     tree.as_chain()
+    tree.up_to(1)

@@ -12,6 +12,7 @@ from proposers import DraftTree
 from vllm_lookahead.attention.cpu import (
     TreeCPUAttentionImpl,
     TreeCPUAttentionMetadataBuilder,
+    cells_of,
     make_plan,
     tree_attention,
     unsupported_reason,
@@ -81,9 +82,8 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
         CPUCommit([cache])(*moves(step, walks, query_start, slots))
         layer = next(iter(self.compilation_config.static_forward_context.values()))
         query = torch.zeros(4, layer.impl.num_heads, layer.impl.head_size, dtype=self.dtype)
-        blocks = np.zeros((1, 1), np.int32)
-        plan = make_plan(trees, blocks)
-        tree_attention(query, cache, trees.tokens, plan, layer.impl.scale, torch.zeros_like(query))
+        plan = make_plan(trees, np.zeros((1, 1), np.int32), 4)
+        tree_attention(query, cells_of(cache), plan, layer.impl.scale, torch.zeros_like(query))
 
     def commit_kv(self, step: StepTrees, walks: Walks) -> None:
         """See ``LookaheadRunnerMixin.commit_kv``."""

@@ -11,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from proposers import DraftTree, RequestProposer, Verified
+from proposers.tree import warm_up as warm_up_trees
 from vllm_lookahead.config import LookaheadConfig
 
 logger = init_logger(f"vllm.{__name__}")
@@ -39,6 +40,7 @@ class Drafter:
 
     def warm_up(self) -> None:
         """Let the proposer compile what its first request would wait for. If it fails, requests will tell."""
+        warm_up_trees()
         try:
             self.proposer.warm_up()
         except Exception:
@@ -85,8 +87,7 @@ class Drafter:
                 raise ValueError(f"the tree has {len(tree)} nodes, the budget was {budget}")
             if chain:
                 tree = tree.as_chain()
-            if len(tree) > depth:
-                tree = tree.up_to(depth)
+            tree = tree.up_to(depth)
             return tree if len(tree) else None
         except Exception:
             self._give_up(req_id)

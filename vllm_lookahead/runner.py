@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
-from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
@@ -27,12 +26,14 @@ from vllm_lookahead.branch import BranchRow
 from vllm_lookahead.drafter import Drafter
 from vllm_lookahead.policy import AutoBudget, DraftPolicy, FixedBudget, measure_step_cost
 from vllm_lookahead.sampler import TreeSampler
-from vllm_lookahead.step import StepTrees, Walks
+from vllm_lookahead.step import StepTrees, Walks, logits_indices
 from vllm_lookahead.step import warm_up as warm_up_walks
 from vllm_lookahead.temporary import muted, replaced
 from vllm_lookahead.tree_rows import TreeRows
 
 if TYPE_CHECKING:
+    from vllm.sequence import IntermediateTensors
+    from vllm.v1.core.sched.output import GrammarOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Base
 else:
     Base = object
@@ -86,6 +87,7 @@ class LookaheadRunnerMixin(Base):
         # find their state where the last step's drafts left it.
         self._needs_speculative_mode = self.drafter.proposer.separate_branch or self.model_config.is_hybrid
         self._is_plain = False  # the step that runs has no drafts and hides ``speculative_config`` from vLLM
+        self._nothing = torch.empty(0, dtype=torch.int32, device=device)
         self._has_trees = False  # in the step that was prepared last
         self._step: StepTrees | None = None
         self._walks: Walks | None = None
@@ -193,7 +195,6 @@ class LookaheadRunnerMixin(Base):
         with replaced(self, "speculative_config", None):
             return super().execute_model(scheduler_output, intermediate_tensors)
 
-    @torch.inference_mode()
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         """As vLLM's; after a step without drafts the next are drafted here, since vLLM knows of no drafter then."""
         if not self._is_plain or self.execute_model_state is None:
@@ -240,10 +241,8 @@ class LookaheadRunnerMixin(Base):
         self, num_draft_tokens: NDArray[np.int32], cu_num_scheduled_tokens: NDArray[np.int32]
     ) -> SpecDecodeMetadata:
         """Which positions get logits: each row's root and nodes. Only vLLM's rejection sampler needs more."""
-        sampled = num_draft_tokens + 1
-        ends = np.cumsum(sampled)
-        indices = np.arange(ends[-1]) + np.repeat(cu_num_scheduled_tokens - ends, sampled)
-        nothing = torch.empty(0, dtype=torch.int32, device=self.device)
+        indices = logits_indices(num_draft_tokens, cu_num_scheduled_tokens)
+        nothing = self._nothing
         return SpecDecodeMetadata(
             draft_token_ids=nothing,
             num_draft_tokens=num_draft_tokens.tolist(),
@@ -256,7 +255,7 @@ class LookaheadRunnerMixin(Base):
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """What was drafted last; None if nothing was, which saves the scheduler a round over its requests."""
-        if not self._proposed or self._draft_token_ids is None:
+        if not self._proposed or not self._draft_token_ids:
             return None
         return DraftTokenIds(self.input_batch.req_ids, self._draft_token_ids)
 
@@ -323,20 +322,29 @@ class LookaheadRunnerMixin(Base):
     def _draft(
         self, sampled_token_ids: list[list[int]], common: CommonAttentionMetadata | None = None
     ) -> list[list[int]]:
-        """Feed back what was verified, then guess the next trees; flattened, one list per batch row.
+        """Feed back what was verified, then guess the next trees; flattened, one list per batch row, or no list at all.
 
         Args:
             sampled_token_ids: what the step emitted, per batch row.
             common: the step's attention metadata; only a separate lookahead branch needs it.
         """
-        self._observe(sampled_token_ids)
-        req_ids = self.input_batch.req_ids[: len(sampled_token_ids)]
-        limit = self._node_limit(len(req_ids))
-        if common is not None and self.drafter.proposer.separate_branch and self.trees_verifiable and limit > 0:
+        if self._step is not None or self._unverified:
+            self._observe(sampled_token_ids)
+        rows = len(sampled_token_ids)
+        req_ids = self.input_batch.req_ids[:rows]
+        separate = common is not None and self.drafter.proposer.separate_branch and self.trees_verifiable
+        if separate and self._node_limit(rows) > 0:
             self._run_branches(sampled_token_ids, common)
-        trees = [self._propose_row(row, limit) if sampled else None for row, sampled in enumerate(sampled_token_ids)]
-        if not any(trees) and not self.drafter.proposer.separate_branch:
-            return [[] for _ in trees]
+        wants = self.policy.wants_proposal
+        asked = [row for row, sampled in enumerate(sampled_token_ids) if sampled and wants(req_ids[row])]
+        if not (asked or separate):
+            return []
+        limit = self._node_limit(rows)
+        trees: list[DraftTree | None] = [None] * rows
+        for row in asked:
+            trees[row] = self._propose_row(row, limit)
+        if not (any(trees) or separate):
+            return []
         counts = self.policy.choose(req_ids, trees, limit)
         drafts: list[list[int]] = []
         for req_id, tree, count in zip(req_ids, trees, counts, strict=True):
@@ -390,8 +398,6 @@ class LookaheadRunnerMixin(Base):
     def _propose_row(self, row: int, limit: int) -> DraftTree | None:
         batch = self.input_batch
         req_id = batch.req_ids[row]
-        if not self.policy.wants_proposal(req_id):
-            return None
         num_tokens = int(batch.num_tokens_no_spec[row])
         limit = min(limit, self.max_model_len - num_tokens - 1)
         params = self.requests[req_id].sampling_params
@@ -423,7 +429,7 @@ class LookaheadRunnerMixin(Base):
             at = self.input_batch.req_id_to_index.get(req_id)
             if at is not None and at < len(sampled_token_ids) and sampled_token_ids[at]:
                 self.policy.observe_token(req_id, dropped, sampled_token_ids[at][0])
-        if step is None or walks is None:
+        if step is None or walks is None or not self.drafter.proposer.needs_verified:
             return
         for row, sampled in enumerate(sampled_token_ids):
             tree = step.trees[row] if row < step.num_rows else None

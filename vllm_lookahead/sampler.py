@@ -101,7 +101,7 @@ class TreeSampler:
             metadata: as for ``__call__``.
             discard: bool [rows], as for ``__call__``.
         """
-        if metadata.generators and np.count_nonzero(discard):
+        if metadata.generators and any(discard.tolist()):
             drawing = {row: generator for row, generator in metadata.generators.items() if not discard[row]}
             metadata = replace(metadata, generators=drawing)
         return self.sampler(logits, metadata)
@@ -121,7 +121,7 @@ class TreeSampler:
     ) -> tuple[SamplerOutput, Walks]:
         rows = step.num_rows
         everyone = None if plain else np.arange(rows)
-        all_draw = not (metadata.generators and np.count_nonzero(discard))
+        all_draw = not (metadata.generators and any(discard.tolist()))
         descent = Descent(step, discard)
         appended: list[int] = []  # rows whose output got a token, once per token
         logprobs: list[LogprobsTensors] = []

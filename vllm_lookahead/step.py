@@ -163,8 +163,26 @@ class Descent:
         return _trimmed(self._walks, self._depth)
 
 
+@numba.njit(cache=True)
+def logits_indices(num_nodes: IntArray, ends: IntArray) -> NDArray[np.int64]:
+    """Where in the flattened batch the rows' roots and nodes are: each row's last tokens.
+
+    Args:
+        num_nodes: int32 [rows], how many nodes each row verifies.
+        ends: int32 [rows], where each row's tokens end.
+    """
+    indices = np.empty(len(num_nodes) + np.sum(num_nodes), np.int64)
+    at = 0
+    for row in range(len(num_nodes)):
+        for token in range(ends[row] - num_nodes[row] - 1, ends[row]):
+            indices[at] = token
+            at += 1
+    return indices
+
+
 def warm_up() -> None:
-    """Compile the walks."""
+    """Compile this module's kernels."""
+    logits_indices(np.ones(1, np.int32), np.array([2], np.int32))
     step = StepTrees.build(["warm-up"], {"warm-up": [1]}, {"warm-up": DraftTree.chain([1])})
     walk_all(step, np.array([1, 0]))
     Descent(step, np.zeros(1, np.bool_)).follow(np.array([0], np.int32))

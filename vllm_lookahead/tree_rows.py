@@ -13,7 +13,7 @@ from vllm_lookahead.step import StepTrees
 Int64Array = NDArray[np.int64]
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class TreeRows:
     """Tree rows of one step. A row's queries are its root and nodes: the row's last tokens in the flattened batch.
 

@@ -230,23 +230,24 @@ class TreeSpy:
     def on(cls, llm: LLM) -> Iterator[TreeSpy]:
         """Watch an engine within a block."""
         spy, runner = cls(), runner_of(llm)
-        commit_kv, propose = runner.commit_kv, runner.propose_draft_token_ids
+        commit_kv, sample_tokens = runner.commit_kv, runner.sample_tokens
 
         def watch_commit(step: Any, walks: Any) -> None:
             spy.count(step, walks)
             commit_kv(step, walks)
 
-        def watch_propose(scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
-            for req_id, sampled in zip(runner.input_batch.req_ids, sampled_token_ids, strict=True):
+        def watch_sample(grammar_output: Any) -> Any:
+            output = sample_tokens(grammar_output)
+            for req_id, sampled in zip(output.req_ids, output.sampled_token_ids, strict=True):
                 spy.emitted[req_id] += len(sampled)
                 spy.drafts_accepted += max(len(sampled) - 1, 0)
-            return propose(scheduler_output, sampled_token_ids, *args, **kwargs)
+            return output
 
-        runner.commit_kv, runner.propose_draft_token_ids = watch_commit, watch_propose
+        runner.commit_kv, runner.sample_tokens = watch_commit, watch_sample
         try:
             yield spy
         finally:
-            del runner.commit_kv, runner.propose_draft_token_ids
+            del runner.commit_kv, runner.sample_tokens
 
     def count(self, step: Any, walks: Any) -> None:
         """Add one step."""

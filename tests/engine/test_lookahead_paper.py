@@ -74,11 +74,11 @@ class Difference:
 def watch(llm: LLM, prompts: list[Tokens]) -> list[Trace]:
     """Run greedy requests, several at a time, and record every step of each."""
     runner = runner_of(llm)
-    propose = runner.propose_draft_token_ids
+    draft = runner._draft
     steps: dict[str, list[Seen]] = {}
 
-    def record(scheduler_output: Any, sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        drafts = propose(scheduler_output, sampled_token_ids, *args, **kwargs)
+    def record(sampled_token_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        drafts = draft(sampled_token_ids, *args, **kwargs)
         for request_id, sampled in zip(runner.input_batch.req_ids, sampled_token_ids, strict=True):
             if sampled:
                 request = runner.drafter._requests[request_id]
@@ -86,13 +86,13 @@ def watch(llm: LLM, prompts: list[Tokens]) -> list[Trace]:
                 steps.setdefault(request_id, []).append(Seen(list(sampled), request.window(), request.pool()))
         return drafts
 
-    runner.propose_draft_token_ids = record
+    runner._draft = record
     try:
         outputs = run(
             llm, [Request(tuple(p), greedy(max_tokens=LENGTH + BEYOND, ignore_eos=True)) for p in prompts], in_flight=4
         )
     finally:
-        del runner.propose_draft_token_ids
+        del runner._draft
     internal = {request_id.rsplit("-", 1)[0]: request_id for request_id in steps}  # ours, then what vLLM added
     traces = [Trace(internal[str(i)], prompt, steps[internal[str(i)]]) for i, prompt in enumerate(prompts)]
     for trace, output in zip(traces, outputs, strict=True):
@@ -120,7 +120,11 @@ def traces_of(model: str, settings: Settings, prompts: list[Tokens]) -> list[Tra
     """What an engine of its own does with the prompts."""
     with engine(model, speculative_config(settings)) as llm:
         traces = watch(llm, prompts)
-        runner_of(llm)._commit.caches.clear()  # they keep the KV cache alive: 1 GiB for every engine
+        # they keep the KV cache alive: 1 GiB for every engine
+        runner_of(llm)._commit.caches.clear()
+        for impl in runner_of(llm)._impls:
+            vars(impl).pop("_cache", None)
+            vars(impl).pop("_cells", None)
     return traces
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from proposers import DraftTree
-from vllm_lookahead.attention.cpu import make_plan, tree_attention
+from vllm_lookahead.attention.cpu import cells_of, make_plan, tree_attention
 from vllm_lookahead.step import StepTrees
 from vllm_lookahead.tree_rows import TreeRows
 
@@ -83,8 +83,8 @@ def test_tree_attention(
     query = torch.from_numpy(rng.normal(size=(query_start[-1], heads, head_size))).to(dtype)
     output = torch.full_like(query, 7.0)
     used = -(-int((tree_rows.prefixes + tree_rows.lengths).max()) // block_size)
-    plan = make_plan(tree_rows, table[tree_rows.rows, :used])
-    tree_attention(query, cache, tree_rows.tokens, plan, head_size**-0.5, output)
+    plan = make_plan(tree_rows, table[tree_rows.rows, :used], len(query))
+    tree_attention(query, cells_of(cache), plan, head_size**-0.5, output)
 
     for row, tree in enumerate(trees):
         first, end = query_start[row] + before[row], query_start[row + 1]

@@ -131,7 +131,7 @@ OURS = [
 NOT_INTERNAL = {"vllm", "vllm.config", "vllm.logger", "vllm.platforms", "vllm.envs"}
 """Modules whose names are vLLM's public interface, or so stable that nobody would notice a check."""
 
-ANNOTATIONS = {"AttentionLayer", "AttentionSpec", "Platform", "EngineArgs"}
+ANNOTATIONS = {"AttentionLayer", "AttentionSpec", "EngineArgs", "GrammarOutput", "IntermediateTensors", "Platform"}
 """Names that only stand in annotations."""
 
 

@@ -8,6 +8,7 @@ every node sees the prefix, its ancestors and itself. A step of nothing but tree
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,19 +30,22 @@ READABLE_ISAS = ("vec", "vec16")
 """Kernels whose cache layout we can read: K transposed, V plain (see ``vllm_lookahead.kv.CPUCommit``)."""
 
 
-Plan = tuple[NDArray[np.generic], ...]
+class Plan(NamedTuple):
+    """What ``tree_attention`` is told about the tree rows, the same in every layer.
+
+    Attributes:
+        tokens: int64 [packed], the tree rows' tokens; None if the step has no others.
+        rows: what ``attend`` takes: lengths, prefixes, offsets, blocks, mask and mask offsets (see there).
+    """
+
+    tokens: torch.Tensor | None
+    rows: tuple[NDArray[np.generic], ...]
 
 
 @dataclass(kw_only=True)
 class TreeCPUAttentionMetadata(CPUAttentionMetadata):
-    """vLLM's metadata, and what the tree rows need.
+    """vLLM's metadata, and what the tree rows need."""
 
-    Attributes:
-        trees: the step's tree rows.
-        tree_plan: see ``make_plan``.
-    """
-
-    trees: TreeRows
     tree_plan: Plan
 
 
@@ -75,12 +79,15 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             seq_lens[torch.from_numpy(trees.rows)] = torch.from_numpy(trees.lengths).to(seq_lens.dtype)
             common = replace(common, seq_lens=seq_lens)
         stock = super().build(common_prefix_len, common, fast_build)
-        tree_plan = make_plan(trees, common.block_table_tensor.numpy()[trees.rows])
-        return TreeCPUAttentionMetadata(**vars(stock), trees=trees, tree_plan=tree_plan)
+        tree_plan = make_plan(trees, common.block_table_tensor.numpy()[trees.rows], common.num_actual_tokens)
+        return TreeCPUAttentionMetadata(**vars(stock), tree_plan=tree_plan)
 
 
 class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
     """vLLM's CPU attention for the whole batch, then masked attention for the tree rows."""
+
+    _cache: torch.Tensor | None = None
+    _cells: NDArray[np.generic]
 
     def serve_trees(self, trees: bool) -> None:
         """From now on the steps have tree rows, or not: then ``forward`` is vLLM's.
@@ -105,56 +112,60 @@ class TreeCPUAttentionImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As vLLM's ``CPUAttentionBackendImpl.forward``; shapes there."""
-        result = output
-        ours = attn_metadata if isinstance(attn_metadata, TreeCPUAttentionMetadata) else None
-        if ours is None or len(ours.trees.tokens) < ours.num_actual_tokens:
-            result = super().forward(
+        if not isinstance(attn_metadata, TreeCPUAttentionMetadata):
+            return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        if ours is not None:
-            tree_attention(query, kv_cache, ours.trees.tokens, ours.tree_plan, self.scale, output)
-        return result
+        plan = attn_metadata.tree_plan
+        if plan.tokens is not None:
+            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if kv_cache is not self._cache:  # always the same in a layer
+            self._cache, self._cells = kv_cache, cells_of(kv_cache)
+        tree_attention(query, self._cells, plan, self.scale, output)
+        return output
 
 
-def make_plan(trees: TreeRows, blocks: NDArray[np.int32]) -> Plan:
-    """What ``attend`` is told about the tree rows, the same in every layer.
+def make_plan(trees: TreeRows, blocks: NDArray[np.int32], num_tokens: int) -> Plan:
+    """Prepare ``tree_attention`` for one step.
 
     Args:
         trees: the tree rows.
         blocks: int32 [tree rows, most blocks], their cache blocks.
+        num_tokens: of the step.
     """
-    return trees.lengths, trees.prefixes, trees.offsets, blocks, trees.mask, trees.mask_offsets
+    tokens = None if len(trees.tokens) == num_tokens else torch.from_numpy(trees.tokens)
+    return Plan(tokens, (trees.lengths, trees.prefixes, trees.offsets, blocks, trees.mask, trees.mask_offsets))
+
+
+def cells_of(kv_cache: torch.Tensor) -> NDArray[np.generic]:
+    """A layer's cache as ``attend`` takes it.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], K of a block transposed (see ``kv.CPUCommit``).
+    """
+    flat = kv_cache.flatten(2)
+    return flat.numpy() if flat.dtype == torch.float32 else flat.view(torch.uint16).numpy()
 
 
 def tree_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    tokens: NDArray[np.int64],
-    plan: Plan,
-    scale: float,
-    output: torch.Tensor,
+    query: torch.Tensor, cells: NDArray[np.generic], plan: Plan, scale: float, output: torch.Tensor
 ) -> None:
     """Masked attention for the tree rows over the paged cache, computed in float32.
 
     Args:
         query: [tokens, num_heads, head_size], float32 or bfloat16.
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], K of a block transposed (see ``kv.CPUCommit``).
-        tokens: int64 [packed], the tree rows' tokens: ``TreeRows.tokens``.
+        cells: see ``cells_of``.
         plan: see ``make_plan``.
         scale: factor of the scores.
-        output: [tokens, num_heads, head_size], the tree rows' part is written in place.
+        output: [tokens, num_heads, head_size], contiguous; the tree rows' part is written in place.
     """
-    cache = kv_cache.flatten(2)
-    cells = cache.numpy() if cache.dtype == torch.float32 else cache.view(torch.uint16).numpy()
-    result = output.view(-1, *query.shape[1:])
-    if len(tokens) == len(query) and query.dtype == torch.float32 and result.is_contiguous():
-        # nothing but tree rows: packed as they are
-        attend(query.contiguous().numpy(), result.numpy(), cells, *plan, np.float32(scale))
+    if plan.tokens is None and query.dtype == torch.float32:
+        attend(query.contiguous().numpy(), output.numpy(), cells, *plan.rows, scale)
         return
-    index = torch.from_numpy(tokens)
-    packed = query.index_select(0, index).float()
-    attend(packed.numpy(), packed.numpy(), cells, *plan, np.float32(scale))
-    result.index_copy_(0, index, packed.to(output.dtype))
+    index = slice(None) if plan.tokens is None else plan.tokens
+    packed = query[index].to(torch.float32, memory_format=torch.contiguous_format)
+    attend(packed.numpy(), packed.numpy(), cells, *plan.rows, scale)
+    output[index] = packed.to(output.dtype)
 
 
 class TreeCPUAttentionBackend(CPUAttentionBackend):

@@ -96,8 +96,9 @@ def attend(packed, out, cache, lengths, prefixes, offsets, blocks, mask, mask_of
         blocks: int32 [rows, most blocks], each row's cache blocks.
         mask: bool, see ``TreeRows``.
         mask_offsets: int64 [rows + 1], see ``TreeRows``.
-        scale: float32, factor of the scores.
+        scale: factor of the scores.
     """
+    factor = np.float32(scale)
     heads, head_size = packed.shape[1], packed.shape[2]
     kv_heads = cache.shape[1]
     per_kv = heads // kv_heads
@@ -120,7 +121,7 @@ def attend(packed, out, cache, lengths, prefixes, offsets, blocks, mask, mask_of
                 for h in range(per_kv):
                     at = (i * per_kv + h) * head_size
                     for d in range(head_size):
-                        query[at + d] = packed[first + i, kv_head * per_kv + h, d] * scale
+                        query[at + d] = packed[first + i, kv_head * per_kv + h, d] * factor
             query[used * head_size : padded * head_size] = 0.0
             result[: padded * head_size] = 0.0
             highest[:used] = MASKED

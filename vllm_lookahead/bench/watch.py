@@ -18,7 +18,7 @@ PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     "forward": (("", "_model_forward"), ("model", "compute_logits")),
     "sample": (("", "_sample"),),
     "commit": (("", "commit_kv"),),
-    "propose": (("", "propose_draft_token_ids"),),
+    "propose": (("", "propose_draft_token_ids"), ("", "_draft")),
 }
 """The parts of a step: which methods of the runner, or of an attribute of it, belong to each."""
 
