@@ -18,8 +18,12 @@ UNKNOWN_CHANCE = 0.5
 ``Confidence`` corrects it."""
 REST_AFTER = 4
 LONGEST_REST = 8
+SELDOM = 0.1
 """After ``REST_AFTER`` proposals in a row that brought no node worth verifying, a request's proposer is asked only in
-every second step, after twice as many in every third, and so on, but at least once in ``LONGEST_REST`` steps."""
+every second step, after twice as many in every third, and so on, but at least once in ``LONGEST_REST`` steps. Already
+after each single one, as long as no more than ``SELDOM`` of the engine's proposals have brought such a node lately."""
+USEFUL_RATE = 1 / 64
+"""How fast that share follows."""
 
 MEASURE_SECONDS = 1.0
 MEASURE_ROUNDS = 4
@@ -116,6 +120,7 @@ class AutoBudget(DraftPolicy):
         self._confidence: dict[str, Confidence] = {}
         self._idle: dict[str, int] = {}  # proposals in a row that brought no node worth verifying
         self._rested: dict[str, int] = {}  # steps since the last proposal
+        self._useful = 0.5  # share of the proposals that bring a node worth verifying
         self._prior = Confidence()
         self._tokens = self._nodes = 0  # of the step that is being planned
         self._average_rate = 0.0  # tokens per second that the last steps promised
@@ -131,13 +136,16 @@ class AutoBudget(DraftPolicy):
     def wants_proposal(self, req_id: str) -> bool:
         """See ``DraftPolicy.wants_proposal``."""
         idle = self._idle.get(req_id, 0)
-        if idle >= REST_AFTER:
+        patience = REST_AFTER if self._useful > SELDOM else 1
+        if idle >= patience:
             rested = self._rested.get(req_id, 0) + 1
-            if rested <= min(idle // REST_AFTER, LONGEST_REST - 1):
+            if rested <= min(idle // patience, LONGEST_REST - 1):
                 self._rested[req_id] = rested
                 return False
             self._rested[req_id] = 0
-        self._idle[req_id] = idle + 1  # until ``choose`` finds a node worth verifying
+        # until ``choose`` finds a node worth verifying
+        self._idle[req_id] = idle + 1
+        self._useful -= USEFUL_RATE * self._useful
         return True
 
     def choose(self, req_ids: Sequence[str], trees: Sequence[DraftTree | None], limit: int) -> list[int]:
@@ -157,6 +165,7 @@ class AutoBudget(DraftPolicy):
         for req_id, count in zip(req_ids, counts, strict=True):
             if count:
                 self._idle[req_id] = 0
+                self._useful += USEFUL_RATE
         return counts
 
     def may_branch(self, req_id: str) -> bool:

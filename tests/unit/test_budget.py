@@ -139,6 +139,23 @@ def test_one_good_guess_ends_the_rest() -> None:
     assert all(policy.wants_proposal("r") for _ in range(REST_AFTER))
 
 
+def test_where_no_request_had_a_use_for_guesses_the_next_is_asked_less_from_the_start() -> None:
+    policy = AutoBudget(DEAR)
+
+    def times_asked(req_id: str, steps: int) -> int:
+        asked = 0
+        for _ in range(steps):
+            if policy.wants_proposal(req_id):
+                asked += 1
+                policy.choose([req_id], [chain(0.1)], 8)
+        return asked
+
+    first = times_asked("first", 64)
+    for i in range(20):
+        times_asked(f"in between {i}", 64)
+    assert times_asked("late", 64) < 0.7 * first
+
+
 def test_a_proposer_without_chances_is_judged_by_what_held() -> None:
     tree = DraftTree.chain([1, 2, 3, 4])
     nothing = np.empty(0, np.int32)
