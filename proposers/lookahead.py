@@ -219,7 +219,8 @@ class LookaheadRequest(RequestProposer):
         )
         if with_guesses:
             self._last_size, self._last_length = guessed, len(context)
-            self._baseline = DraftTree(*without[:3, :baseline].copy())
+            # nothing to compare where the window is left out
+            self._baseline = None if self.without_branch else DraftTree(*without[:3, :baseline].copy())
         nodes = nodes[:3, : guessed + comb].copy()
         return DraftTree(nodes[0], nodes[1], nodes[2], comb, chances[0, :guessed].copy())
 

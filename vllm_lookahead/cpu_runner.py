@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -47,8 +49,8 @@ class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):
                     return reason
                 impls.append(impl)
         self._impls = impls
-        builders = [group.get_metadata_builder(0) for group in groups]
-        self._builders = [b for b in builders if isinstance(b, TreeCPUAttentionMetadataBuilder)]  # all of them
+        # as ``unsupported_reason`` has just checked
+        self._builders = cast(list[TreeCPUAttentionMetadataBuilder], [g.get_metadata_builder(0) for g in groups])
         self._serves_trees = False
         self._commit = CPUCommit(self.kv_caches)
         return None

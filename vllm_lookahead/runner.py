@@ -282,11 +282,13 @@ class LookaheadRunnerMixin(Base):
             step,
             self.discard_request_mask.np[:rows],
             self.input_batch.req_output_token_ids[:rows],
+            self._argmax,
         )
         self._walks = walks
         if self._has_trees:
             self.commit_kv(step, walks)
-        if output.sampled_token_ids.device != logits.device:
+        if self.model_config.is_hybrid:
+            # only there vLLM reads them on the device; copying them back would be one more wait for it
             output.sampled_token_ids = output.sampled_token_ids.to(logits.device)
         return output
 

@@ -73,6 +73,7 @@ class TreeSampler:
         step: StepTrees,
         discard: NDArray[np.bool_],
         output_token_ids: list[list[int]],
+        argmax: NDArray[np.int64] | None = None,
     ) -> tuple[SamplerOutput, Walks]:
         """Sample and walk one step.
 
@@ -84,10 +85,11 @@ class TreeSampler:
                 drawn from their generators.
             output_token_ids: each row's output so far: the very lists that vLLM's processors hold. They are extended
                 during the walk and restored before returning.
+            argmax: what ``argmax`` says of the logits, if it is known already.
         """
         plain = is_plain(metadata)
         if metadata.all_greedy and plain and metadata.max_num_logprobs is None:
-            walks = walk_all(step, self.argmax(logits))
+            walks = walk_all(step, self.argmax(logits) if argmax is None else argmax)
             return _output(walks, None), walks
         return self._walk_by_depth(logits, metadata, step, discard, output_token_ids, plain)
 
