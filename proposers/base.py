@@ -76,9 +76,7 @@ class RequestProposer(ABC):
         """
 
     def observe(self, tree: DraftTree, verified: Verified) -> None:  # noqa: B027 - learning is optional
-        """Learn from the verification of the last proposed tree. Not called for a tree that was dropped unverified,
-        nor if the proposer's ``needs_verified`` is false.
-        """
+        """Learn from the verification of the last proposed tree. Not called for a tree that was dropped unverified."""
 
     def finish(self) -> None:  # noqa: B027 - most hold nothing but memory
         """Free what this request holds. Called once, however the request ends."""
@@ -89,9 +87,6 @@ class Proposer(ABC):
 
     Options: ClassVar[type[ProposerOptions]] = ProposerOptions
     needs_argmax: bool = False
-    needs_verified: bool = True
-    """Whether anybody learns from ``Verified``: ``RequestProposer.observe``, or the budget controller where trees have
-    no ``chances``. If false, neither is told."""
     separate_branch: bool = False
     """Whether the lookahead branch runs in forwards of its own, not in the verification's."""
 

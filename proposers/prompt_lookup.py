@@ -53,7 +53,6 @@ class PromptLookup(Proposer):
 
     Options = PromptLookupOptions
     options: PromptLookupOptions
-    needs_verified = False  # it learns from the text
 
     def __init__(self, options: PromptLookupOptions) -> None:
         super().__init__(options)

@@ -115,6 +115,11 @@ class Drafter:
         except Exception:
             self._give_up(req_id)
 
+    def observes(self, req_id: str) -> bool:
+        """Whether ``observe`` would tell anybody: a proposer may learn from the text alone."""
+        request = self._requests.get(req_id)
+        return request is not None and type(request).observe is not RequestProposer.observe
+
     def observe(self, req_id: str, tree: DraftTree, verified: Verified) -> None:
         """Tell a request's proposer how its last tree fared."""
         request = self._requests.get(req_id)

@@ -431,11 +431,14 @@ class LookaheadRunnerMixin(Base):
             at = self.input_batch.req_id_to_index.get(req_id)
             if at is not None and at < len(sampled_token_ids) and sampled_token_ids[at]:
                 self.policy.observe_token(req_id, dropped, sampled_token_ids[at][0])
-        if step is None or walks is None or not self.drafter.proposer.needs_verified:
+        if step is None or walks is None:
             return
         for row, sampled in enumerate(sampled_token_ids):
             tree = step.trees[row] if row < step.num_rows else None
             if tree is None or not sampled:
+                continue
+            req_id = self.input_batch.req_ids[row]
+            if tree.chances is not None and not self.drafter.observes(req_id):
                 continue
             n = step.num_nodes(row)
             first = int(step.starts[row]) + row
@@ -445,5 +448,5 @@ class LookaheadRunnerMixin(Base):
                 argmax=None if argmax is None else argmax[first : first + n + 1].astype(np.int32),
                 num_nodes=n,
             )
-            self.policy.observe_walk(self.input_batch.req_ids[row], tree, n, verified.path)
-            self.drafter.observe(self.input_batch.req_ids[row], tree, verified)
+            self.policy.observe_walk(req_id, tree, n, verified.path)
+            self.drafter.observe(req_id, tree, verified)
