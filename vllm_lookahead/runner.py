@@ -215,27 +215,23 @@ class LookaheadRunnerMixin(Base):
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        if not drafts:
-            self._step = None
-            self._forget_proposed(scheduler_output)
-            self._serve_trees(None)
-            return super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        step = self._step = StepTrees.build(self.input_batch.req_ids, drafts, self._proposed)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        step = self._step = StepTrees.build(self.input_batch.req_ids, drafts, self._proposed) if drafts else None
         self._forget_proposed(scheduler_output)
-        if self.trees_verifiable:
+        trees = None
+        if step is not None and self.trees_verifiable:
             trees = TreeRows.of(step, self.query_start_loc.np, self.optimistic_seq_lens_cpu.numpy())
-            self._serve_trees(trees)
-            if trees is not None:
-                # RoPE positions follow the depth; KV slots keep the flat positions that they were computed from
-                self.place_tokens(trees)
+        self._serve_trees(trees)
         return result
 
     def _serve_trees(self, trees: TreeRows | None) -> None:
         if trees is not None or self._has_trees:
             self.set_trees(trees)
         self._has_trees = trees is not None
+        if trees is not None:
+            # RoPE positions follow the depth; KV slots keep the flat positions that they were computed from
+            self.place_tokens(trees)
 
     def _calc_spec_decode_metadata(
         self, num_draft_tokens: NDArray[np.int32], cu_num_scheduled_tokens: NDArray[np.int32]
