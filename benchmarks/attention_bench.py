@@ -22,8 +22,8 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from proposers import DraftTree
 from vllm_lookahead.attention.cpu import READABLE_ISAS, cells_of, make_plan, tree_attention
-from vllm_lookahead.step import StepTrees
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.trees.rows import TreeRows
+from vllm_lookahead.trees.step import StepTrees
 
 RUNS = 400
 

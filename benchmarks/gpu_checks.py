@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from proposers import DraftTree
+from vllm_lookahead.attention.cuda_commit import CUDACommit
 from vllm_lookahead.attention.packing import PackedTrees, TreePacker
 from vllm_lookahead.attention.triton_tree import Prefix, tree_attention
-from vllm_lookahead.cuda_commit import CUDACommit
-from vllm_lookahead.step import StepTrees, walk_all
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.trees.rows import TreeRows
+from vllm_lookahead.trees.step import StepTrees, walk_all
 
 ROOT = -1
 UNTOUCHED = 7.0

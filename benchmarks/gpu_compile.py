@@ -8,8 +8,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_lookahead.attention.cuda_commit import commit_kernel
 from vllm_lookahead.attention.triton_tree import BLOCK_ROWS, WORD_BITS, tree_kernel
-from vllm_lookahead.cuda_commit import commit_kernel
 
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 

@@ -90,10 +90,10 @@ def times() -> Iterator[dict[str, Any]]:
     from gpu_checks import pack, random_qkv
 
     from proposers import DraftTree
+    from vllm_lookahead.attention.cuda_commit import CUDACommit
     from vllm_lookahead.attention.triton_tree import Prefix, tree_attention
-    from vllm_lookahead.cuda_commit import CUDACommit
-    from vllm_lookahead.step import StepTrees
-    from vllm_lookahead.tree_rows import TreeRows
+    from vllm_lookahead.trees.rows import TreeRows
+    from vllm_lookahead.trees.step import StepTrees
 
     device = torch.device("cuda")
     heads, kv_heads, head_size, layers = 32, 8, 128, 32

@@ -16,9 +16,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_lookahead import plugin
 from vllm_lookahead.attention.registry import backend_override
-from vllm_lookahead.gpu_runner import LookaheadGPURunner
-from vllm_lookahead.gpu_worker import BACKEND
-from vllm_lookahead.worker import LookaheadWorkerMixin
+from vllm_lookahead.v1.gpu_runner import LookaheadGPURunner
+from vllm_lookahead.v1.gpu_worker import BACKEND
+from vllm_lookahead.v1.worker import LookaheadWorkerMixin
 
 FA_VERSION = 2
 

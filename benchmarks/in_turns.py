@@ -29,7 +29,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_lookahead.bench.prompts import order, read_prompts
 from vllm_lookahead.demo.run import MODEL
-from vllm_lookahead.runner import LookaheadRunnerMixin
+from vllm_lookahead.v1.runner import LookaheadRunnerMixin
 
 HOOKS = [name for name in vars(LookaheadRunnerMixin) if hasattr(CPUModelRunner, name) and not name.startswith("__")]
 """What our runner overrides of vLLM's."""

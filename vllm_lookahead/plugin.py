@@ -21,12 +21,12 @@ from vllm_lookahead.numba_guard import guard
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
-DRAFTER = "vllm_lookahead.drafter.Drafter"
+DRAFTER = "vllm_lookahead.drafting.drafter.Drafter"
 """The class that vLLM's ``custom_class`` hook builds. As ``speculative_config.model`` it marks a config as ours."""
 
 WORKERS = {
-    "cpu": "vllm_lookahead.cpu_worker.CPULookaheadWorker",
-    "cuda": "vllm_lookahead.gpu_worker.GPULookaheadWorker",
+    "cpu": "vllm_lookahead.v1.cpu_worker.CPULookaheadWorker",
+    "cuda": "vllm_lookahead.v1.gpu_worker.GPULookaheadWorker",
 }
 """Our worker class for each kind of device."""
 

@@ -100,7 +100,7 @@ def check(family: str, folder: str) -> None:
     # caplog hears nothing of the first engine of a process: vLLM sets up its loggers anew while it starts
     warnings: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm_lookahead.runner.logger.warning", lambda text, *args: warnings.append(text % args))
+        patch.setattr("vllm_lookahead.v1.runner.logger.warning", lambda text, *args: warnings.append(text % args))
         with engine(folder, METHODS["lookahead"], **settings) as ours, TreeSpy.on(ours) as spy:
             got = run(ours, requests(), in_flight=8, seed=18)
             verifiable = runner_of(ours).trees_verifiable

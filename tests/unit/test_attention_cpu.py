@@ -8,8 +8,8 @@ import torch
 
 from proposers import DraftTree
 from vllm_lookahead.attention.cpu import cells_of, make_plan, tree_attention
-from vllm_lookahead.step import StepTrees
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.trees.rows import TreeRows
+from vllm_lookahead.trees.step import StepTrees
 
 ROOT = -1
 

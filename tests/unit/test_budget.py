@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proposers import DraftTree
-from vllm_lookahead.budget import GAIN, StepCost
-from vllm_lookahead.policy import EXPLORE_STEPS, LONGEST_REST, REST_AFTER, AutoBudget, measure_step_cost
+from vllm_lookahead.drafting.budget import GAIN, StepCost
+from vllm_lookahead.drafting.policy import EXPLORE_STEPS, LONGEST_REST, REST_AFTER, AutoBudget, measure_step_cost
 
 FREE = StepCost([1, 1000], [0.01, 0.01])  # a pass over a thousand tokens takes as long as over one
 DEAR = StepCost([1, 1000], [0.01, 10.0])  # every token takes as long as the first

@@ -26,8 +26,8 @@ from vllm.v1.attention.backends import fa_utils, flash_attn
 from vllm_lookahead.attention import flash
 from vllm_lookahead.attention.packing import ALIGNMENT, PackedTrees, TreePacker
 from vllm_lookahead.attention.triton_tree import Prefix
-from vllm_lookahead.step import StepTrees
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.trees.rows import TreeRows
+from vllm_lookahead.trees.step import StepTrees
 
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 4, 2, 32, 16
 SCALE = HEAD_SIZE**-0.5

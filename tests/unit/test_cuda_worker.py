@@ -16,11 +16,12 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from proposers import DraftTree
-from vllm_lookahead import gpu_runner, gpu_worker, plugin
-from vllm_lookahead.branch import BranchRow
+from vllm_lookahead import plugin
 from vllm_lookahead.contract import check_contract
-from vllm_lookahead.gpu_runner import TREES_VARIABLE, LookaheadGPURunner, trees_are_off
-from vllm_lookahead.runner import LookaheadRunnerMixin
+from vllm_lookahead.v1 import gpu_runner, gpu_worker
+from vllm_lookahead.v1.branch import BranchRow
+from vllm_lookahead.v1.gpu_runner import TREES_VARIABLE, LookaheadGPURunner, trees_are_off
+from vllm_lookahead.v1.runner import LookaheadRunnerMixin
 
 CUDA_ONLY = ("attention.flash", "attention.packing", "attention.triton_tree", "cuda_commit", "gpu_runner", "gpu_worker")
 
@@ -35,11 +36,11 @@ def test_nothing_of_cudas_is_imported_on_a_cpu() -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-import vllm_lookahead.cli, vllm_lookahead.cpu_worker, vllm_lookahead.drafter, vllm_lookahead.plugin
+import vllm_lookahead.cli, vllm_lookahead.v1.cpu_worker, vllm_lookahead.drafting.drafter, vllm_lookahead.plugin
 vllm_lookahead.plugin.register()
 loaded = [name for name in {CUDA_ONLY!r} if "vllm_lookahead." + name in sys.modules]
 assert not loaded, loaded
-import vllm_lookahead.gpu_worker
+import vllm_lookahead.v1.gpu_worker
 lazy = [name for name in {CUDA_ONLY[:4]!r} if "vllm_lookahead." + name in sys.modules]
 assert not lazy, lazy
 """

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proposers import DraftTree
-from vllm_lookahead.kv import CPUCommit, moves
-from vllm_lookahead.step import StepTrees, walk_all
+from vllm_lookahead.attention.cpu_commit import CPUCommit
+from vllm_lookahead.trees.kv import moves
+from vllm_lookahead.trees.step import StepTrees, walk_all
 
 ROOT = -1
 HEADS, HEAD_SIZE = 2, 3

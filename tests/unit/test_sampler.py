@@ -17,8 +17,8 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.sample.sampler import Sampler
 
 from proposers import DraftTree
-from vllm_lookahead.sampler import TreeSampler, is_plain
-from vllm_lookahead.step import StepTrees, Walks
+from vllm_lookahead.trees.step import StepTrees, Walks
+from vllm_lookahead.v1.sampler import TreeSampler, is_plain
 
 ROOT = -1
 VOCABULARY = 24

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proposers import DraftTree
-from vllm_lookahead.runner import LookaheadRunnerMixin
-from vllm_lookahead.step import PLACEHOLDER, Descent, StepTrees, walk_all
+from vllm_lookahead.trees.step import PLACEHOLDER, Descent, StepTrees, walk_all
+from vllm_lookahead.v1.runner import LookaheadRunnerMixin
 
 ROOT = -1
 TREE = DraftTree.from_parents([7, 8, 9, 7, 5], [ROOT, ROOT, 0, 2, 1])

@@ -24,10 +24,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_lookahead.attention.cpu_kernels import attend
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.trees.rows import TreeRows
 
 READABLE_ISAS = ("vec", "vec16")
-"""Kernels whose cache layout we can read: K transposed, V plain (see ``vllm_lookahead.kv.CPUCommit``)."""
+"""Kernels whose cache layout we can read: K transposed, V plain (see ``cpu_commit.CPUCommit``)."""
 
 
 class Plan(NamedTuple):
@@ -141,7 +141,7 @@ def cells_of(kv_cache: torch.Tensor) -> NDArray[np.generic]:
     """A layer's cache as ``attend`` takes it.
 
     Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], K of a block transposed (see ``kv.CPUCommit``).
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], K of a block transposed (see ``CPUCommit``).
     """
     flat = kv_cache.flatten(2)
     return flat.numpy() if flat.dtype == torch.float32 else flat.view(torch.uint16).numpy()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.trees.rows import TreeRows
 
 WORD_BITS = 32
 """An ancestor mask is kept as 32-bit words: bit j of word w says whether key 32 w + j is seen."""

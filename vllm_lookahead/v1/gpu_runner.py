@@ -12,11 +12,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from proposers import DraftTree
-from vllm_lookahead.branch import BranchRow
-from vllm_lookahead.cpu_branch import run_branches
-from vllm_lookahead.runner import LookaheadRunnerMixin
-from vllm_lookahead.step import StepTrees, Walks, walk_all
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.trees.rows import TreeRows
+from vllm_lookahead.trees.step import StepTrees, Walks, walk_all
+from vllm_lookahead.v1.branch import BranchRow, run_branches
+from vllm_lookahead.v1.runner import LookaheadRunnerMixin
 
 if TYPE_CHECKING:
     from vllm_lookahead.attention.packing import PackedTrees
@@ -85,8 +84,8 @@ class LookaheadGPURunner(LookaheadRunnerMixin, GPUModelRunner):
 
         It touches vLLM's null block, which no request owns.
         """
+        from vllm_lookahead.attention.cuda_commit import CUDACommit
         from vllm_lookahead.attention.packing import TreePacker
-        from vllm_lookahead.cuda_commit import CUDACommit
 
         most = self.scheduler_config.max_num_batched_tokens
         self._packer = TreePacker(self.device, most, self.scheduler_config.max_num_seqs, self.num_spec_tokens)

@@ -9,7 +9,7 @@ that block, so the requests that need it get passes of their own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -20,18 +20,34 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from proposers import DraftTree
-from vllm_lookahead.branch import BranchRow
-from vllm_lookahead.step import StepTrees
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.trees.rows import TreeRows
+from vllm_lookahead.trees.step import StepTrees
 
 if TYPE_CHECKING:
-    from vllm_lookahead.cpu_runner import LookaheadCPURunner
+    from vllm_lookahead.v1.runner import LookaheadRunnerMixin
 
 NULL_BLOCK = 0
 
 
+@dataclass(slots=True, frozen=True)
+class BranchRow:
+    """One request's lookahead branch.
+
+    Attributes:
+        row: index in the batch.
+        context_length: tokens so far; the root is the last of them.
+        root: the root's token.
+        comb: the branch.
+    """
+
+    row: int
+    context_length: int
+    root: int
+    comb: DraftTree
+
+
 def run_branches(
-    runner: LookaheadCPURunner, rows: Sequence[BranchRow], common: CommonAttentionMetadata
+    runner: LookaheadRunnerMixin, rows: Sequence[BranchRow], common: CommonAttentionMetadata
 ) -> list[NDArray[np.int32]]:
     """Run every row's root and comb through the model.
 
@@ -62,7 +78,7 @@ def run_branches(
 
 
 def _forward(
-    runner: LookaheadCPURunner, rows: Sequence[BranchRow], combs: Sequence[DraftTree], common: CommonAttentionMetadata
+    runner: LookaheadRunnerMixin, rows: Sequence[BranchRow], combs: Sequence[DraftTree], common: CommonAttentionMetadata
 ) -> list[NDArray[np.int32]]:
     table = runner.input_batch.block_table[0]
     lengths = np.array([len(comb) + 1 for comb in combs], np.int32)

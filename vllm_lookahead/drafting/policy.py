@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proposers import DraftTree
-from vllm_lookahead.budget import NO_CHANCES, REFIT_EVERY, Confidence, StepCost
+from vllm_lookahead.drafting.budget import NO_CHANCES, REFIT_EVERY, Confidence, StepCost
 
 UNKNOWN_CHANCE = 0.5
 """A node of a proposer that gives no probabilities is assumed to hold this often if its parent does, at first; then
@@ -108,7 +108,7 @@ class FixedBudget(DraftPolicy):
 
 
 class AutoBudget(DraftPolicy):
-    """Verify the nodes that raise expected tokens per second (``vllm_lookahead.budget``).
+    """Verify the nodes that raise expected tokens per second (``vllm_lookahead.drafting.budget``).
 
     Args:
         cost: what a step costs.

@@ -8,8 +8,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_lookahead.attention.registry import backend_override
-from vllm_lookahead.cpu_runner import LookaheadCPURunner
-from vllm_lookahead.worker import LookaheadWorkerMixin
+from vllm_lookahead.v1.cpu_runner import LookaheadCPURunner
+from vllm_lookahead.v1.worker import LookaheadWorkerMixin
 
 
 class CPULookaheadWorker(LookaheadWorkerMixin, CPUWorker):

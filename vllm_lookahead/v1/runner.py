@@ -22,14 +22,14 @@ from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from proposers import DraftTree, Verified
-from vllm_lookahead.branch import BranchRow
-from vllm_lookahead.drafter import Drafter
-from vllm_lookahead.policy import AutoBudget, DraftPolicy, FixedBudget, measure_step_cost
-from vllm_lookahead.sampler import TreeSampler
-from vllm_lookahead.step import StepTrees, Walks, logits_indices
-from vllm_lookahead.step import warm_up as warm_up_walks
+from vllm_lookahead.drafting.drafter import Drafter
+from vllm_lookahead.drafting.policy import AutoBudget, DraftPolicy, FixedBudget, measure_step_cost
 from vllm_lookahead.temporary import muted, replaced
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.trees.rows import TreeRows
+from vllm_lookahead.trees.step import StepTrees, Walks, logits_indices
+from vllm_lookahead.trees.step import warm_up as warm_up_walks
+from vllm_lookahead.v1.branch import BranchRow
+from vllm_lookahead.v1.sampler import TreeSampler
 
 if TYPE_CHECKING:
     from vllm.sequence import IntermediateTensors
@@ -112,7 +112,7 @@ class LookaheadRunnerMixin(Base):
         raise NotImplementedError
 
     def run_branches(self, rows: list[BranchRow], common: CommonAttentionMetadata) -> list[IntArray]:
-        """Run lookahead branches; see ``cpu_branch.run_branches``."""
+        """Run lookahead branches; see ``branch.run_branches``."""
         raise NotImplementedError
 
     def warm_up_trees(self) -> None:

@@ -10,7 +10,7 @@ from vllm_lookahead.temporary import replaced
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as Base
 
-    from vllm_lookahead.runner import LookaheadRunnerMixin
+    from vllm_lookahead.v1.runner import LookaheadRunnerMixin
 else:
     Base = object
 

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_lookahead.step import StepTrees
+from vllm_lookahead.trees.step import StepTrees
 
 Int64Array = NDArray[np.int64]
 

@@ -9,8 +9,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lookahead.attention.registry import backend_override
 from vllm_lookahead.contract import Attributes, Function, check_contract
-from vllm_lookahead.gpu_runner import LookaheadGPURunner, trees_are_off
-from vllm_lookahead.worker import LookaheadWorkerMixin
+from vllm_lookahead.v1.gpu_runner import LookaheadGPURunner, trees_are_off
+from vllm_lookahead.v1.worker import LookaheadWorkerMixin
 
 BACKEND = "vllm_lookahead.attention.flash.TreeFlashAttentionBackend"
 FLASH_ATTN = "vllm.v1.attention.backends.flash_attn"

@@ -19,12 +19,12 @@ from vllm_lookahead.attention.cpu import (
     tree_attention,
     unsupported_reason,
 )
-from vllm_lookahead.branch import BranchRow
-from vllm_lookahead.cpu_branch import run_branches
-from vllm_lookahead.kv import CPUCommit, moves
-from vllm_lookahead.runner import LookaheadRunnerMixin
-from vllm_lookahead.step import StepTrees, Walks, walk_all
-from vllm_lookahead.tree_rows import TreeRows
+from vllm_lookahead.attention.cpu_commit import CPUCommit
+from vllm_lookahead.trees.kv import moves
+from vllm_lookahead.trees.rows import TreeRows
+from vllm_lookahead.trees.step import StepTrees, Walks, walk_all
+from vllm_lookahead.v1.branch import BranchRow, run_branches
+from vllm_lookahead.v1.runner import LookaheadRunnerMixin
 
 
 class LookaheadCPURunner(LookaheadRunnerMixin, CPUModelRunner):

@@ -1,7 +1,7 @@
 """KV commit on the GPU: one kernel moves the accepted nodes' keys and values of all rows in all layers.
 
-What moves where is decided on the host (``vllm_lookahead.kv.moves``) as indices of the step's tokens, and sent in one
-copy; the slots that these tokens were written to are read on the device, where vLLM computed them.
+What moves where is decided on the host (``trees.kv.moves``) as indices of the step's tokens, and sent in one copy;
+the slots that these tokens were written to are read on the device, where vLLM computed them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import triton.language as tl
 from numpy.typing import NDArray
 
 from vllm_lookahead.attention.packing import ALIGNMENT, HostBuffer
-from vllm_lookahead.kv import SlotArray, moves
-from vllm_lookahead.step import StepTrees, Walks
+from vllm_lookahead.trees.kv import SlotArray, moves
+from vllm_lookahead.trees.step import StepTrees, Walks
 
 UNIT = 8
 """Bytes that a thread moves at a time."""

@@ -27,7 +27,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from vllm_lookahead.step import Descent, StepTrees, Walks, walk_all
+from vllm_lookahead.trees.step import Descent, StepTrees, Walks, walk_all
 
 
 def is_idle(processor: LogitsProcessor) -> bool:

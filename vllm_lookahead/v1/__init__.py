@@ -1,0 +1,1 @@
+"""vLLM's Model Runner V1: for machines without Triton."""
