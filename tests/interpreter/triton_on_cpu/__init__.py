@@ -8,18 +8,20 @@ and takes V2, as it does on CUDA. Slow: 0.05 to 0.4 s per step. ``register`` run
 from __future__ import annotations
 
 import inspect
-import os
 from typing import Any
-
-ASYNC_VARIABLE = "LOOKAHEAD_TEST_ASYNC"
-"""With 1, engines schedule asynchronously, as on CUDA; vLLM's CPU platform would turn that off."""
 
 
 def register() -> None:
-    """Replace the kernels that the interpreter can't run, for stock vLLM and ours alike."""
+    """Replace the kernels that the interpreter can't run, and keep asynchronous scheduling on where CUDA has it.
+
+    For stock vLLM and ours alike.
+    """
     from vllm.triton_utils.dispatcher import register_kernels
     from vllm.v1.sample.ops.topk_topp_triton import _topk_topp_kernel
 
+    from vllm_lookahead.numba_guard import guard
+
+    guard()
     # vLLM hands over the arguments by name, launch options too, if this is the kernel's signature
     names = _topk_topp_kernel.arg_names
     keywords = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
@@ -30,8 +32,7 @@ def register() -> None:
             "vllm.v1.worker.gpu.structured_outputs._apply_grammar_bitmask_kernel": apply_grammar,
         }
     )
-    if os.environ.get(ASYNC_VARIABLE) == "1":
-        _schedule_asynchronously()
+    _keep_asynchronous_scheduling()
 
 
 def top_k_top_p(**arguments: Any) -> None:
@@ -67,7 +68,8 @@ def apply_grammar(
             logits[first + position].masked_fill_(mask, -float("inf"))
 
 
-def _schedule_asynchronously() -> None:
+def _keep_asynchronous_scheduling() -> None:
+    """vLLM's CPU platform turns it off: nothing would overlap there. What it does to requests is the same."""
     from vllm.platforms.cpu import CpuPlatform
 
     stock = CpuPlatform.check_and_update_config.__func__
