@@ -1,21 +1,26 @@
-"""What the CUDA kernels have to compute, in float64: random ragged batches of trees, and checks against them.
+"""What the CUDA kernels have to compute: random ragged batches of trees, and checks next to the versions on the host.
 
-The unit tests run these checks under TRITON_INTERPRET=1 on the CPU, ``gpu_kernels.py`` on the GPU itself. No vLLM here.
+Attention's is in float64. The unit tests run these checks under TRITON_INTERPRET=1 on the CPU, ``gpu_kernels.py`` on
+the GPU itself. No vLLM here.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from proposers import DraftTree
-from vllm_lookahead.attention.cuda_commit import CUDACommit
-from vllm_lookahead.attention.packing import PackedTrees, TreePacker
+from vllm_lookahead.attention.packing import DeviceTrees, PackedTrees, TreePacker
 from vllm_lookahead.attention.triton_tree import Prefix, tree_attention
+from vllm_lookahead.trees.kv import moves
 from vllm_lookahead.trees.rows import TreeRows
-from vllm_lookahead.trees.step import StepTrees, walk_all
+from vllm_lookahead.trees.step import PLACEHOLDER, StepTrees, Walks, walk_all
+from vllm_lookahead.v2.kernels.commit import KVCommit
+from vllm_lookahead.v2.kernels.place import place
+from vllm_lookahead.v2.kernels.walk import walk
 
 ROOT = -1
 UNTOUCHED = 7.0
@@ -24,6 +29,8 @@ TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 LSE_TOLERANCE = {"cpu": 1e-5, "cuda": 2e-4}
 """Scores are float32 whatever the type; a GPU's exponentials are approximations."""
+
+TOKENS = 5
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -47,14 +54,23 @@ class Batch(NamedTuple):
     trees: TreeRows
 
 
-def random_tree(rng: np.random.Generator, nodes: int) -> DraftTree:
-    """A tree of at least two nodes with at least one branch; few tokens, so that walks go deep."""
-    parents = [ROOT, ROOT, *(int(rng.integers(max(ROOT, node - 6), node)) for node in range(2, nodes))]
-    return DraftTree.from_parents(rng.integers(0, 2, nodes), parents)
+def random_tree(rng: np.random.Generator, nodes: int, reach: int = 6) -> DraftTree:
+    """A tree of at least two nodes with at least one branch; few tokens, so that some siblings have the same.
+
+    The parent of node i is one of the ``reach`` before it: the more, the flatter the tree.
+    """
+    parents = [ROOT, ROOT, *(int(rng.integers(max(ROOT, node - reach), node)) for node in range(2, nodes))]
+    return DraftTree.from_parents(rng.integers(0, TOKENS, nodes), parents)
 
 
 def random_batch(
-    rng: np.random.Generator, rows: int, most_nodes: int, *, mixed: bool = True, most_prefix: int = 70
+    rng: np.random.Generator,
+    rows: int,
+    most_nodes: int,
+    *,
+    mixed: bool = True,
+    most_prefix: int = 70,
+    reach: int = 6,
 ) -> Batch:
     """Rows with trees of any size; ``mixed``: between rows of a chain, a prompt, or a single token."""
     proposed, lengths = {}, np.ones(rows, np.int64)
@@ -62,7 +78,7 @@ def random_batch(
     for row in range(rows):
         kind = rng.integers(4) if mixed and row != tree_row else 0
         if kind < 2:
-            tree = random_tree(rng, int(rng.integers(2, most_nodes + 1)))
+            tree = random_tree(rng, int(rng.integers(2, most_nodes + 1)), reach)
             proposed[str(row)] = tree
             lengths[row] += len(tree)
         elif kind == 2:
@@ -79,9 +95,44 @@ def random_batch(
     return Batch(step, query_start, prefixes, trees)
 
 
-def pack(trees: TreeRows, device: torch.device) -> PackedTrees:
-    """The tree rows on a device."""
-    return TreePacker(device, len(trees.tokens), len(trees.rows), int(trees.lengths.max()))(trees)
+def send(batch: Batch, device: torch.device) -> DeviceTrees:
+    """A batch's trees on a device, as they are before ``place``."""
+    nodes = np.diff(batch.step.starts)
+    packer = TreePacker(device, int(batch.query_start[-1]), len(nodes), int(nodes.max()))
+    seq_lens = np.zeros(len(nodes), np.int32)
+    seq_lens[batch.trees.rows] = batch.trees.prefixes + batch.trees.lengths
+    return packer(batch.step, batch.query_start, seq_lens)
+
+
+def pack(batch: Batch, device: torch.device) -> PackedTrees:
+    """The tree rows on a device, where ``place``'s part is the host version's: ``batch.trees``."""
+    packed, trees = send(batch, device).packed, batch.trees
+    assert packed is not None
+    bits = np.zeros((len(trees.tokens), packed.mask.shape[1] * 32), np.bool_)
+    for row, length in enumerate(trees.lengths):
+        bits[trees.offsets[row] : trees.offsets[row + 1], :length] = tree_mask(trees, row)
+    packed.mask.copy_(torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int32)))
+    packed.prefixes.copy_(torch.from_numpy(trees.prefixes))
+    packed.tokens.copy_(torch.from_numpy(trees.tokens))
+    whole = batch.query_start[trees.rows] == trees.tokens[trees.offsets[:-1]]
+    packed.stock_lens.copy_(torch.from_numpy(trees.lengths + np.where(whole, 0, trees.prefixes)))
+    return packed
+
+
+def random_samples(rng: np.random.Generator, step: StepTrees) -> np.ndarray:
+    """int64 [nodes + rows]: a token for each root and node, mostly that of a child, so that walks go deep."""
+    sampled = rng.integers(0, TOKENS, len(step.tokens) + step.num_rows)
+    for row in range(step.num_rows):
+        nodes = slice(int(step.starts[row]), int(step.starts[row + 1]))
+        tokens, parents = step.tokens[nodes], step.parents[nodes]
+        agreed = rng.permutation(len(tokens))[: int(0.8 * len(tokens))].tolist()
+        node = len(tokens) - 1
+        while node >= 0 and rng.random() < 0.99:
+            agreed.append(node)
+            node = int(parents[node])
+        for node in agreed:
+            sampled[nodes.start + row + 1 + parents[node]] = tokens[node]
+    return sampled
 
 
 def random_qkv(
@@ -139,7 +190,7 @@ def check_tree(
     output = torch.full((total + 3, heads, head_size), UNTOUCHED, dtype=dtype, device=device)
     lse = torch.empty(heads, len(trees.tokens), device=device)
     on_device = (part.to(device) for part in (query, key, value))
-    tree_attention(*on_device, pack(trees, torch.device(device)), scale, output, lse=lse)
+    tree_attention(*on_device, pack(batch, torch.device(device)), scale, output, lse=lse)
     output, lse = output.cpu(), lse.cpu()
     for row in range(len(trees.rows)):
         packed = slice(int(trees.offsets[row]), int(trees.offsets[row + 1]))
@@ -186,21 +237,74 @@ def check_merge(
     merged_lse = torch.empty(heads, len(trees.tokens), device=device)
     on_device = (part.to(device) for part in (query, key, value))
     prefix_part = Prefix(partial.to(device), lse.to(device))
-    tree_attention(*on_device, pack(trees, torch.device(device)), scale, output, prefix_part, merged_lse)
+    tree_attention(*on_device, pack(batch, torch.device(device)), scale, output, prefix_part, merged_lse)
     for row, (tokens, (part, part_lse)) in enumerate(expected):
         assert_close(output.cpu()[tokens], part, TOLERANCE[dtype], "output")
         packed = slice(int(trees.offsets[row]), int(trees.offsets[row + 1]))
         assert_close(merged_lse.cpu()[:, packed], part_lse, LSE_TOLERANCE[device], "log-sum-exp")
 
 
+def check_walk(seed: int, device: str, *, refuses: bool, rows: int = 4, nodes: int = 24, wider: int = 0) -> int:
+    """The walk kernel next to the walk on the host. Returns the longest path."""
+    rng = np.random.default_rng(seed)
+    batch = random_batch(rng, rows, nodes)
+    step, sampled = batch.step, random_samples(rng, batch.step)
+    width = int(np.diff(step.starts).max()) + 1 + wider
+    roots = step.root_logits_rows()
+    refused = rng.random(len(sampled)) < 0.1
+    is_node = np.ones(len(sampled), np.bool_)
+    is_node[roots] = False
+    acceptable = np.where(refused[is_node], PLACEHOLDER, step.tokens).astype(np.int32)
+    walks = walk_all(replace(step, tokens=acceptable) if refuses else step, sampled)
+    trees = send(batch, torch.device(device))
+    found = walk(
+        torch.from_numpy(sampled).to(device), trees, width, torch.from_numpy(refused).to(device) if refuses else None
+    )
+    short = width - walks.tokens.shape[1]
+    for name, expected in (("tokens", walks.tokens), ("paths", walks.paths)):
+        padded = np.pad(expected, ((0, 0), (0, short)), constant_values=PLACEHOLDER)
+        assert np.array_equal(getattr(found, name).cpu().numpy(), padded), f"the walks' {name} differ"
+    assert np.array_equal(found.lengths.cpu().numpy(), walks.lengths), "the walks' lengths differ"
+    assert np.array_equal(found.order.cpu().numpy(), walked_first(step, walks)), "logits rows are out of order"
+    return int(walks.lengths.max()) - 1
+
+
+def walked_first(step: StepTrees, walks: Walks) -> np.ndarray:
+    """int64 [nodes + rows]: each row's logits rows, root and path first."""
+    order = []
+    for row, root in enumerate(step.root_logits_rows().tolist()):
+        path = walks.path(row).tolist()
+        rest = sorted(set(range(step.num_nodes(row))) - set(path))
+        order += [root, *(root + 1 + node for node in path + rest)]
+    return np.array(order, np.int64)
+
+
+def check_place(seed: int, device: str, rows: int = 4, nodes: int = 40, reach: int = 6) -> int:
+    """What ``place`` writes next to ``TreeRows``, and that it writes nothing else. Returns the longest row's length."""
+    batch = random_batch(np.random.default_rng(seed), rows, nodes, reach=reach)
+    trees, total = send(batch, torch.device(device)), int(batch.query_start[-1])
+    expected, packed = pack(batch, torch.device(device)), trees.packed
+    assert packed is not None
+    tokens = np.diff(batch.query_start)
+    seq_lens = batch.prefixes + np.diff(batch.step.starts) + 1
+    before = np.repeat(seq_lens - tokens - batch.query_start[:-1], tokens) + np.arange(total)
+    positions = torch.from_numpy(before.astype(np.int64)).to(device)
+    place(trees, torch.from_numpy(seq_lens.astype(np.int32)).to(device), positions)
+    for name in ("prefixes", "stock_lens", "tokens", "mask"):
+        assert torch.equal(getattr(packed, name), getattr(expected, name)), f"{name} differ"
+    before[batch.trees.tokens] = batch.trees.positions
+    assert np.array_equal(positions.cpu().numpy(), before), "positions differ"
+    return packed.longest
+
+
 def check_commit(
     seed: int, device: str, dtype: torch.dtype, *, slots_first: bool, rows: int = 4, nodes: int = 24
 ) -> int:
-    """The commit kernel next to a plain copy of every accepted entry. Returns how many entries moved."""
+    """The commit kernel next to plain copies in the order of the host version. Returns how many entries moved."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     batch = random_batch(rng, rows, nodes)
     step, query_start = batch.step, batch.query_start
-    walks = walk_all(step, rng.integers(0, 2, len(step.tokens) + rows))
+    walks = walk_all(step, random_samples(rng, step))
     block_size, heads, head_size, blocks = 16, 2, 32, -(-int(query_start[-1]) // 16) + 2
     shape = (blocks, block_size, heads) if slots_first else (blocks, heads, block_size)
     layers = []
@@ -208,20 +312,19 @@ def check_commit(
         cache = torch.randn(*shape, 2 * head_size, generator=generator).to(dtype)
         layers.append(cache.to(device).transpose(1, 2) if slots_first else cache.to(device))
     # every token has a slot of its own, anywhere
-    slots = torch.from_numpy(rng.permutation(blocks * block_size)[: query_start[-1]].copy())
+    slots = rng.permutation(blocks * block_size)[: query_start[-1]]
     expected = [cache.cpu().clone() for cache in layers]
-    moved = 0
-    for row in np.flatnonzero(step.branched):
-        first = int(query_start[row + 1]) - step.num_nodes(int(row))
-        for depth, node in enumerate(walks.path(int(row)).tolist()):
-            (b, i), (to_b, to_i) = (divmod(int(slots[first + n]), block_size) for n in (node, depth))
-            moved += node != depth
-            for before, after in zip(layers, expected, strict=True):
-                after[to_b, :, to_i] = before[b, :, i].cpu()
-    CUDACommit(layers, int(query_start[-1]))(step, walks, query_start, slots.to(device))
+    sources, targets = moves(step, walks, query_start, slots)
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        for cache in expected:
+            cache[target // block_size, :, target % block_size] = cache[source // block_size, :, source % block_size]
+    packed = send(batch, torch.device(device)).packed
+    assert packed is not None
+    on_device = (torch.from_numpy(part).to(device) for part in (walks.paths, walks.lengths, slots))
+    KVCommit(layers)(packed, *on_device)
     for after, cache in zip(expected, layers, strict=True):
         assert torch.equal(cache.cpu().view(torch.uint8), after.view(torch.uint8)), "an entry is not where it belongs"
-    return moved
+    return len(sources)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:

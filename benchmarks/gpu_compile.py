@@ -8,8 +8,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_lookahead.attention.cuda_commit import commit_kernel
-from vllm_lookahead.attention.triton_tree import BLOCK_ROWS, WORD_BITS, tree_kernel
+from vllm_lookahead.attention.packing import WORD_BITS
+from vllm_lookahead.attention.triton_tree import BLOCK_ROWS, tree_kernel
+from vllm_lookahead.v2.kernels.commit import MOVES, commit_kernel
+from vllm_lookahead.v2.kernels.place import BLOCK_NODES, place_kernel
+from vllm_lookahead.v2.kernels.walk import num_warps, walk_kernel
 
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 
@@ -39,10 +42,39 @@ def compile_tree_kernel(capability: int, dtype: str, head_size: int, per_kv: int
     )
 
 
+def compile_walk_kernel(capability: int, width: int, *, refuses: bool = False) -> Any:
+    """For trees of up to ``width`` - 1 nodes."""
+    types = dict.fromkeys(("starts", "tokens", "parents", "paths", "lengths"), "*i32")
+    types |= dict.fromkeys(("sampled", "walked", "order"), "*i64") | {"refused": "*u8" if refuses else "*i32"}
+    block = triton.next_power_of_2(width - 1)
+    return _compile(
+        walk_kernel,
+        capability,
+        types,
+        {"REFUSES": refuses, "BLOCK": block},
+        unknown={"sampled", "refused", "width"},
+        num_warps=num_warps(block),
+    )
+
+
+def compile_place_kernel(capability: int, width: int) -> Any:
+    """For trees of up to ``width`` - 1 nodes."""
+    words = triton.cdiv(width, WORD_BITS)
+    types = dict.fromkeys(("starts", "parents", "offsets", "firsts", "whole", "seq_lens"), "*i32")
+    types |= dict.fromkeys(("prefixes", "stock_lens", "mask"), "*i32")
+    types |= dict.fromkeys(("rows", "tokens", "positions"), "*i64")
+    constants = {"WORDS": triton.next_power_of_2(words), "WORD_BITS": WORD_BITS, "BLOCK": BLOCK_NODES}
+    unknown = {"seq_lens", "positions", "words"}
+    return _compile(place_kernel, capability, types, constants, unknown=unknown, num_warps=1 if words <= 4 else 4)
+
+
 def compile_commit_kernel(capability: int, width: int = 64) -> Any:
     """For entries of ``width`` times 8 bytes."""
-    pointers = {"addresses": "*i64", "slots": "*i64", "begins": "*i32", "sources": "*i32", "targets": "*i32"}
-    return _compile(commit_kernel, capability, pointers, {"WIDTH": width, "BLOCK": width}, unknown=set(), num_warps=1)
+    types = dict.fromkeys(("addresses", "rows", "slots"), "*i64")
+    types |= dict.fromkeys(("firsts", "paths", "lengths"), "*i32")
+    constants = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "MOVES": MOVES}
+    unknown = {"paths", "lengths", "slots", "path_stride"}
+    return _compile(commit_kernel, capability, types, constants, unknown=unknown, num_warps=1)
 
 
 def _compile(

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def main() -> int:
 def checks(*, few: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What is checked, by name."""
     import torch
-    from gpu_checks import DTYPES, GROUPS, HEAD_SIZES, check_commit, check_merge, check_tree
+    from gpu_checks import DTYPES, GROUPS, HEAD_SIZES, check_commit, check_merge, check_place, check_tree, check_walk
 
     device = "cpu" if few else "cuda"
     # every combination is a compilation: all head sizes for one group of heads, all groups for one head size
@@ -81,60 +82,74 @@ def checks(*, few: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
                 name = f"commit: {dtype}, slots first: {slots_first}, seed {seed}"
                 yield name, lambda a=arguments, s=slots_first: check_commit(*a, slots_first=s)
 
+    for seed in range(2 if few else 40):
+        size = {} if few else {"rows": 1 + seed, "nodes": (24, 64, 256, 1024)[seed % 4]}
+        yield f"place: seed {seed}", lambda s=seed, m=size: check_place(s, device, **m)
+        for refuses in (False, True):
+            name = f"walk: refuses: {refuses}, seed {seed}"
+            yield name, lambda s=seed, r=refuses, m=size: check_walk(s, device, refuses=r, **m)
+
 
 def times() -> Iterator[dict[str, Any]]:
-    """The tree kernel with a prefix, and the commit, for a layer (layers) of the 8B shape in bfloat16."""
+    """For the 8B shape in bfloat16: the tree kernel with a prefix for a layer, the other kernels for a step."""
     import numpy as np
     import torch
     from gpu_checks import ROOT as TREE_ROOT
-    from gpu_checks import pack, random_qkv
+    from gpu_checks import random_qkv
 
     from proposers import DraftTree
-    from vllm_lookahead.attention.cuda_commit import CUDACommit
+    from vllm_lookahead.attention.packing import TreePacker
     from vllm_lookahead.attention.triton_tree import Prefix, tree_attention
-    from vllm_lookahead.trees.rows import TreeRows
     from vllm_lookahead.trees.step import StepTrees
+    from vllm_lookahead.v2.kernels.commit import KVCommit
+    from vllm_lookahead.v2.kernels.place import place
+    from vllm_lookahead.v2.kernels.walk import walk
 
     device = torch.device("cuda")
-    heads, kv_heads, head_size, layers = 32, 8, 128, 32
+    heads, kv_heads, head_size, layers, context = 32, 8, 128, 32, 1000
     for rows in (1, 4, 16):
         for nodes in (8, 32, 64, 128, 256):
+            # three chains side by side; the second is accepted, 17 tokens at most
             tree = DraftTree.from_parents(range(nodes), np.maximum(np.arange(nodes) - 3, TREE_ROOT))
             names = [str(row) for row in range(rows)]
             step = StepTrees.build(names, {name: tree.token_ids.tolist() for name in names}, dict.fromkeys(names, tree))
             query_start = np.arange(rows + 1, dtype=np.int32) * (nodes + 1)
-            trees = TreeRows.of(step, query_start, np.full(rows, 1000, np.int32))
-            assert trees is not None
-            packed = pack(trees, device)
+            ends = np.full(rows, context, np.int32)
+            packer = TreePacker(device, int(query_start[-1]), rows, nodes)
+            trees = packer(step, query_start, ends)
+            packed = trees.packed
+            assert packed is not None
+            seq_lens = torch.from_numpy(ends).to(device)
+            positions = torch.zeros(int(query_start[-1]), dtype=torch.int64, device=device)
+            row = np.concatenate(([1], np.where(np.arange(nodes) < 48, np.arange(nodes) + 3, -1)))
+            sampled = torch.from_numpy(np.tile(row.astype(np.int64), rows)).to(device)
+            place(trees, seq_lens, positions)
             qkv = random_qkv(torch.Generator(), int(query_start[-1]), heads, kv_heads, head_size, torch.bfloat16)
             query, key, value = (part.to(device) for part in qkv)
-            output, partial = torch.empty_like(query), torch.randn_like(query)
-            prefix = Prefix(partial, torch.zeros(heads, len(query), device=device))
+            output, before = torch.empty_like(query), torch.randn_like(query)
+            prefix = Prefix(before, torch.zeros(heads, len(query), device=device))
+            walks = walk(sampled, trees, nodes + 1)
+            caches = [
+                torch.zeros(1024, 16, kv_heads, 2 * head_size, dtype=torch.bfloat16, device=device).transpose(1, 2)
+                for _ in range(layers)
+            ]
+            commit, slots = KVCommit(caches), torch.arange(int(query_start[-1]), device=device)
+            point = {"rows": rows, "nodes": nodes}
+            attention = partial(tree_attention, query, key, value, packed, 0.1, output, prefix)
             for block_rows in (16, 32, 64):
-                point = {"kernel": "tree", "rows": rows, "nodes": nodes, "block_rows": block_rows}
-
-                def call(
-                    a: tuple[Any, ...] = (query, key, value, packed, 0.1, output, prefix), b: int = block_rows
-                ) -> None:
-                    tree_attention(*a, block_rows=b)
-
-                yield {**point, **timed(call)}
-        # the longest chain of each tree, off its first path
-        caches = [
-            torch.zeros(1024, 16, kv_heads, 2 * head_size, dtype=torch.bfloat16, device=device).transpose(1, 2)
-            for _ in range(layers)
-        ]
-        commit = CUDACommit(caches, int(query_start[-1]))
-        depth = np.arange(6)
-        source = np.concatenate([start + 1 + 3 * depth + 2 for start in query_start[:-1]]).astype(np.int64)
-        target = np.concatenate([start + 1 + depth for start in query_start[:-1]]).astype(np.int64)
-        slots = torch.arange(int(query_start[-1]), device=device)
-
-        def move(a: tuple[Any, ...] = (source, target, query_start, slots), commit: Any = commit) -> None:
-            commit.move(*a)
-
-        # its copy from pinned memory keeps it out of a graph; the launches take longer than the kernel
-        yield {"kernel": "commit", "rows": rows, "moves": 6, "layers": layers, **timed(move, graph=False)}
+                yield {
+                    "kernel": "tree",
+                    **point,
+                    "block_rows": block_rows,
+                    **timed(partial(attention, block_rows=block_rows)),
+                }
+            yield {"kernel": "place", **point, **timed(partial(place, trees, seq_lens, positions))}
+            yield {"kernel": "walk", **point, **timed(partial(walk, sampled, trees, nodes + 1))}
+            move = partial(commit, packed, walks.paths, walks.lengths, slots)
+            accepted = int(walks.lengths[0]) - 1
+            yield {"kernel": "commit", **point, "accepted": accepted, "layers": layers, **timed(move)}
+            # its copy from pinned memory keeps it out of a graph
+            yield {"kernel": "pack", **point, **timed(partial(packer, step, query_start, ends), graph=False)}
 
 
 def timed(call: Callable[[], Any], calls: int = 50, *, graph: bool = True) -> dict[str, float]:

@@ -7,8 +7,9 @@ launch per layer, with the tree's part rounded on the way, and into packed rows 
 
 What about the other rows of the same batch? Splitting the batch would mean gathering their queries and scattering
 their output in every layer, so the whole batch goes through vLLM's call as it is. For that call a tree row is one
-that has no context, which makes it cheap; our kernel overwrites its output. In a batch of nothing but tree rows, the
-usual case for few users, that call is left out.
+that has no context, which makes it cheap; our kernel overwrites its output. (If it also computes tokens before its
+root, it needs its context for them.) In a batch of nothing but tree rows, the usual case for few users, that call is
+left out.
 """
 
 from __future__ import annotations
@@ -70,16 +71,9 @@ class TreeFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = common_attn_metadata
         starts = common.query_start_loc_cpu.numpy()
-        on_host = trees.on_host
-        only_trees = len(on_host.tokens) == starts[-1]
+        only_trees = trees.num_tokens == starts[-1]
         if not only_trees:
-            whole = on_host.tokens[on_host.offsets[:-1]] == starts[on_host.rows]
-            lengths, rows = trees.lengths, trees.rows
-            if not whole.all():
-                # A row that also computes tokens before its root needs its context for them.
-                keep = torch.from_numpy(whole.nonzero()[0]).to(rows.device)
-                lengths, rows = lengths[keep], rows[keep]
-            common = replace(common, seq_lens=common.seq_lens.index_copy(0, rows, lengths))
+            common = replace(common, seq_lens=common.seq_lens.index_copy(0, trees.rows, trees.stock_lens))
         # nothing to schedule for a call that won't be made
         stock = super().build(0, common, fast_build or only_trees)
         used = -(-max(1, trees.longest_prefix) // self.block_size)
@@ -127,7 +121,7 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
         """
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         # as a model makes them: views of one product
-        product = torch.zeros(len(trees.tokens), sum(heads), self.head_size, dtype=dtype, device=kv_cache.device)
+        product = torch.zeros(trees.num_tokens, sum(heads), self.head_size, dtype=dtype, device=kv_cache.device)
         query, key, value = product.split(heads, dim=1)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         prefix = self._attend_prefix(query, kv_cache, trees, blocks)

@@ -215,7 +215,9 @@ def retrace(step: StepTrees, tokens: NDArray[np.int64], lengths: IntArray) -> Wa
 
 
 def _trimmed(walks: Walks, used: int) -> Walks:
-    return Walks(walks.tokens[:, :used], walks.paths[:, :used], walks.lengths)
+    # contiguous whatever the number of rows: numba compiles its readers once more for another layout
+    tokens, paths = (np.ascontiguousarray(part[:, :used]) for part in (walks.tokens, walks.paths))
+    return Walks(tokens, paths, walks.lengths)
 
 
 @numba.njit(cache=True)

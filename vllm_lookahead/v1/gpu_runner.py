@@ -18,7 +18,7 @@ from vllm_lookahead.v1.branch import BranchRow, run_branches
 from vllm_lookahead.v1.runner import LookaheadRunnerMixin
 
 if TYPE_CHECKING:
-    from vllm_lookahead.attention.packing import PackedTrees
+    from vllm_lookahead.attention.packing import DeviceTrees
 
 TREES_VARIABLE = "VLLM_LOOKAHEAD_CUDA_TREES"
 """Has to be 1 for trees on CUDA: nobody has seen them on a GPU yet."""
@@ -39,7 +39,7 @@ class LookaheadGPURunner(LookaheadRunnerMixin, GPUModelRunner):
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self._packed: PackedTrees | None = None
+        self._trees: DeviceTrees | None = None
         if trees_are_off() is None:
             # Steps with drafts differ in size and run piecewise. Those without are the uniform ones: one token per
             # request, for which full graphs are captured, as without speculation.
@@ -84,39 +84,46 @@ class LookaheadGPURunner(LookaheadRunnerMixin, GPUModelRunner):
 
         It touches vLLM's null block, which no request owns.
         """
-        from vllm_lookahead.attention.cuda_commit import CUDACommit
         from vllm_lookahead.attention.packing import TreePacker
+        from vllm_lookahead.v2.kernels.commit import KVCommit
+        from vllm_lookahead.v2.kernels.place import place
 
         most = self.scheduler_config.max_num_batched_tokens
         self._packer = TreePacker(self.device, most, self.scheduler_config.max_num_seqs, self.num_spec_tokens)
-        self._commit = CUDACommit([layer.kv_cache for layer in self._layers], most)
+        self._commit = KVCommit([layer.kv_cache for layer in self._layers])
 
         tree = DraftTree.from_parents([1, 2, 3], [-1, -1, 0])
         step = StepTrees.build(["warm-up"], {"warm-up": [1, 2, 3]}, {"warm-up": tree})
         walks = walk_all(step, np.array([2, 0, 0, 0], np.int64))
-        query_start = np.array([0, 4], np.int32)
-        trees = TreeRows.of(step, query_start, np.array([8], np.int32))
-        assert trees is not None
-        packed = self._packer(trees)
+        seq_lens = np.array([8], np.int32)
+        self._trees = self._packer(step, np.array([0, 4], np.int32), seq_lens)
+        packed = self._trees.packed
+        assert packed is not None
+        place(self._trees, torch.from_numpy(seq_lens).to(self.device), self.positions)
         blocks = torch.zeros((1, 1), dtype=torch.int32, device=self.device)
         kinds: dict[tuple[int, ...], Any] = {}
         for layer in self._layers:
             kinds.setdefault((layer.impl.num_heads, layer.impl.num_kv_heads, layer.impl.head_size), layer)
         for layer in kinds.values():
             layer.impl.warm_up(layer.kv_cache, packed, blocks, self.dtype)
-        slots = torch.zeros(4, dtype=torch.int64, device=self.device)
-        self._commit(step, walks, query_start, slots)
+        self._move(walks, torch.zeros(4, dtype=torch.int64, device=self.device))
 
     def set_trees(self, trees: TreeRows | None) -> None:
         """See ``LookaheadRunnerMixin.set_trees``."""
-        self._packed = None if trees is None else self._packer(trees)
+        self._trees = None
+        if trees is not None:
+            assert self._step is not None, "separate branches have no trees here"
+            query_start, seq_lens = self.query_start_loc.np, self.optimistic_seq_lens_cpu.numpy()
+            self._trees = self._packer(self._step, query_start, seq_lens)
         for builder in self._builders:
-            builder.trees = self._packed
+            builder.trees = None if self._trees is None else self._trees.packed
 
     def place_tokens(self, trees: TreeRows) -> None:
         """See ``LookaheadRunnerMixin.place_tokens``."""
-        assert self._packed is not None
-        self.positions.index_copy_(0, self._packed.tokens, self._packed.positions)
+        from vllm_lookahead.v2.kernels.place import place
+
+        assert self._trees is not None
+        place(self._trees, self.seq_lens, self.positions)
 
     def run_branches(self, rows: list[BranchRow], common: CommonAttentionMetadata) -> list[NDArray[np.int32]]:
         """See ``LookaheadRunnerMixin.run_branches``: in as many passes as the memory for a step's tokens asks for."""
@@ -134,5 +141,10 @@ class LookaheadGPURunner(LookaheadRunnerMixin, GPUModelRunner):
 
     def commit_kv(self, step: StepTrees, walks: Walks) -> None:
         """See ``LookaheadRunnerMixin.commit_kv``."""
-        slots = self.input_batch.block_table[0].slot_mapping.gpu
-        self._commit(step, walks, self.query_start_loc.np[: step.num_rows + 1], slots)
+        self._move(walks, self.input_batch.block_table[0].slot_mapping.gpu)
+
+    def _move(self, walks: Walks, slots: torch.Tensor) -> None:
+        assert self._trees is not None
+        assert self._trees.packed is not None
+        paths, lengths = (torch.from_numpy(part).to(self.device) for part in (walks.paths, walks.lengths))
+        self._commit(self._trees.packed, paths.contiguous(), lengths, slots)
