@@ -14,13 +14,13 @@ from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
+from vllm_lookahead.v1.gpu_runner import TREES_VARIABLE, LookaheadGPURunner, trees_are_off
 
 from proposers import DraftTree
 from vllm_lookahead import plugin
 from vllm_lookahead.contract import check_contract
 from vllm_lookahead.v1 import gpu_runner, gpu_worker
 from vllm_lookahead.v1.branch import BranchRow
-from vllm_lookahead.v1.gpu_runner import TREES_VARIABLE, LookaheadGPURunner, trees_are_off
 from vllm_lookahead.v1.runner import LookaheadRunnerMixin
 
 LAZY = ("attention.flash", "attention.packing", "attention.triton_tree", "v2.kernels")

@@ -9,7 +9,7 @@ import pytest
 from engine.cases import CASES, Encode, either, greedy, seeded
 from engine.engines import METHODS, Request, TreeSpy, assert_same, engine, run, runner_of, token_ids
 from engine.prompts import PROMPTS, REPETITIVE
-from vllm import LLM, RequestOutput, SamplingParams
+from vllm import LLM, RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
 
 from .conftest import NODES, SMALL
@@ -22,6 +22,8 @@ def shortened(request: Request, tokens: int = 14) -> Request:
     params = request.params.clone()
     params.max_tokens = min(tokens, params.max_tokens or tokens)
     params.min_tokens = min(params.min_tokens, params.max_tokens)
+    if params.allowed_token_ids:
+        params.allowed_token_ids = params.allowed_token_ids[:1024]  # more of them end stock V2's engine
     return Request(request.prompt[:48], params)
 
 
@@ -104,11 +106,12 @@ def test_prefix_caching_serves_what_trees_have_written(stock: LLM, ours: LLM, en
 
 @pytest.mark.parametrize("async_scheduling", [True, False])
 def test_preemption_and_chunked_prefill(async_scheduling: bool, demo_model: str, stock: LLM, encode: Encode) -> None:
-    """A KV cache for about two requests, and prompts in pieces of at most 32 tokens beside rows that verify trees."""
+    """A KV cache for about two requests, and prompts in pieces of at most 48 tokens beside rows that verify trees."""
     requests = [
-        Request(tuple(encode(p + p))[:72], either(i, max_tokens=30, ignore_eos=True)) for i, p in enumerate(PROMPTS[:6])
+        Request(tuple(encode(p + p + p))[:100], either(i, max_tokens=30, ignore_eos=True))
+        for i, p in enumerate(PROMPTS[:6])
     ]
-    tiny = {**SMALL, "num_gpu_blocks_override": 10, "max_num_batched_tokens": 32, "max_model_len": 128}
+    tiny = {**SMALL, "num_gpu_blocks_override": 11, "max_num_batched_tokens": 48, "max_model_len": 160}
     with engine(demo_model, TREES, async_scheduling=async_scheduling, **tiny) as ours, TreeSpy.on(ours) as spy:
         preempted = 0
         finish = runner_of(ours).finish_requests
@@ -203,20 +206,6 @@ def test_control(part: str, ours: LLM, control: tuple[list[Request], list[list[i
         runner.__dict__.pop("serve_trees", None)
         ours.llm_engine.reset_prefix_cache()
     assert got != expected
-
-
-def test_control_of_penalties(ours: LLM, stock: LLM, encode: Encode) -> None:
-    """Sampled in the order of the tree's nodes, not path by path, penalties see another path's tokens."""
-    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, repetition_penalty=0.7)
-    requests = [Request(tuple(encode(p))[:32], params) for p in PROMPTS[:4]]
-    expected = token_ids(run(stock, requests, in_flight=4))
-    assert token_ids(run(ours, requests, in_flight=4)) == expected
-    runner = runner_of(ours)
-    runner.rows_in_order = lambda batch: np.zeros(batch.num_reqs, np.bool_)
-    try:
-        assert token_ids(run(ours, requests, in_flight=4)) != expected
-    finally:
-        del runner.rows_in_order
 
 
 def test_unseeded_requests_are_served(ours: LLM, encode: Encode) -> None:

@@ -106,25 +106,31 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if trees is not None:
-            prefix = self._attend_prefix(trees.gather(query), kv_cache, trees, attn_metadata.tree_blocks)
-            tree_attention(query, key, value, trees, self.scale, output, prefix)
+            self.attend_trees(query, key, value, kv_cache, trees, attn_metadata.tree_blocks, output)
         return output
 
-    def warm_up(self, kv_cache: torch.Tensor, trees: PackedTrees, blocks: torch.Tensor, dtype: torch.dtype) -> None:
-        """Have everything compiled that a step with tree rows calls.
+    def attend_trees(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        trees: PackedTrees,
+        blocks: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of the tree rows' roots and nodes; the rest of ``output`` is left alone.
 
         Args:
-            kv_cache: the layer's cache.
-            trees: tree rows whose tokens are all of a batch.
-            blocks: int32 [tree rows, blocks], cache blocks that may be read.
-            dtype: the model's.
+            query: [tokens, num_heads, head_size], the flattened batch.
+            key: [tokens, num_kv_heads, head_size].
+            value: [tokens, num_kv_heads, head_size].
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+            trees: the tree rows.
+            blocks: int32 [tree rows, blocks], their cache blocks.
+            output: [tokens, num_heads, head_size], written.
         """
-        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        # as a model makes them: views of one product
-        product = torch.zeros(trees.num_tokens, sum(heads), self.head_size, dtype=dtype, device=kv_cache.device)
-        query, key, value = product.split(heads, dim=1)
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        prefix = self._attend_prefix(query, kv_cache, trees, blocks)
+        prefix = self._attend_prefix(trees.gather(query), kv_cache, trees, blocks)
         tree_attention(query, key, value, trees, self.scale, output, prefix)
 
     def _attend_prefix(

@@ -94,10 +94,12 @@ def _random_batch(rng: np.random.Generator, nodes: int) -> _Batch:
     sizes = (nodes, 0, 3, nodes // 2 + 1, 2)
     proposed: dict[str, DraftTree] = {}
     for row, size in enumerate(sizes):
-        chain = np.arange(-1, size - 1)
-        parents = chain if row == 2 else [int(rng.integers(max(-1, i - 4), i)) if i > 1 else -1 for i in range(size)]
+        reach = 1 if row == 2 else 4  # a chain, or a tree
+        parents = [int(rng.integers(max(-1, i - reach), i)) for i in range(size)]
+        if row != 2:
+            parents[:2] = [-1, -1][:size]
         if size:
-            proposed[str(row)] = DraftTree.from_parents(rng.integers(0, TOKENS, size), parents)
+            proposed[str(row)] = DraftTree.from_parents(rng.integers(0, TOKENS, size, np.int32), parents)
     names = [str(row) for row in range(len(sizes))]
     step = StepTrees.build(names, {name: tree.token_ids.tolist() for name, tree in proposed.items()}, proposed)
     lengths = np.array(sizes) + 1

@@ -1,4 +1,4 @@
-"""What tree rows add to a step's inputs, written on the device: RoPE positions and ancestor masks.
+"""What drafts add to a step's inputs, written on the device: the nodes' tokens, RoPE positions and ancestor masks.
 
 ``trees.rows.TreeRows`` says the same on the host. Where a root is comes from vLLM's lengths on the device: under
 asynchronous scheduling no number on the host stands in for them.
@@ -12,8 +12,42 @@ import triton.language as tl
 
 from vllm_lookahead.attention.packing import WORD_BITS, DeviceTrees
 
+BLOCK_TOKENS = 64
+"""Nodes whose tokens a program copies at a time."""
 BLOCK_NODES = 32
 """Roots and nodes that a program climbs from at a time."""
+
+
+def place_tokens(trees: DeviceTrees, query_start: torch.Tensor, input_ids: torch.Tensor) -> None:
+    """Write the nodes' tokens to the step's input: they are each row's last tokens.
+
+    Args:
+        trees: the step's trees.
+        query_start: int32 [rows + 1 or more], each row's first token in the flattened batch.
+        input_ids: int32 [tokens], written. A token below 0 stands for none, and becomes 0.
+    """
+    place_tokens_kernel[(trees.num_rows,)](
+        trees.starts, trees.tokens, query_start, input_ids, BLOCK=BLOCK_TOKENS, num_warps=1
+    )
+
+
+@triton.jit(do_not_specialize_on_alignment=["query_start", "input_ids"])
+def place_tokens_kernel(  # type: ignore[no-untyped-def]
+    starts,  # int32 [rows + 1]
+    tokens,  # int32 [nodes]
+    query_start,  # int32 [rows + 1]
+    input_ids,  # int32 [tokens], written
+    BLOCK: tl.constexpr,
+):
+    """One row's nodes. Grid: rows."""
+    row = tl.program_id(0)
+    start = tl.load(starts + row)
+    nodes = tl.load(starts + row + 1) - start
+    first = tl.load(query_start + row + 1) - nodes
+    for begin in range(0, nodes, BLOCK):
+        node = begin + tl.arange(0, BLOCK)
+        token = tl.load(tokens + start + node, mask=node < nodes, other=0)
+        tl.store(input_ids + first + node, tl.maximum(token, 0), mask=node < nodes)
 
 
 def place(trees: DeviceTrees, seq_lens: torch.Tensor, positions: torch.Tensor) -> None:

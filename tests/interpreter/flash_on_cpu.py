@@ -1,7 +1,7 @@
-"""The CUDA worker's Python, and its kernels under TRITON_INTERPRET=1, on a machine without a GPU.
+"""CUDA's runner on a machine without a GPU, with its kernels in Triton's interpreter.
 
 vLLM's FlashAttention functions are replaced by plain torch; the runner, the metadata builder, the attention layer, the
-Triton kernels, the packing and the KV commit are those of the GPU. Slow, in float32 exact, good for small models.
+kernels, the packing and the KV commit are CUDA's. Slow, in float32 exact, good for small models.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 from vllm.v1.attention.backends import fa_utils, flash_attn
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
 from vllm_lookahead import plugin
-from vllm_lookahead.attention.registry import backend_override
-from vllm_lookahead.v1.gpu_runner import LookaheadGPURunner
-from vllm_lookahead.v1.gpu_worker import BACKEND
-from vllm_lookahead.v1.worker import LookaheadWorkerMixin
+from vllm_lookahead.v2.cpu_worker import CPULookaheadV2Worker
+from vllm_lookahead.v2.cuda_runner import LookaheadCUDARunner
+from vllm_lookahead.v2.cuda_worker import BACKEND
 
 FA_VERSION = 2
 
@@ -99,23 +96,19 @@ STAND_INS = {
 
 
 def use() -> None:
-    """Have this process's engines run the GPU's worker over the functions above."""
+    """Have this process's engines on Model Runner V2 run CUDA's runner over the functions above."""
     for module in (fa_utils, flash_attn):
         for name, function in STAND_INS.items():
             setattr(module, name, function)
-    plugin.WORKERS["cpu"] = f"{__name__}.Worker"
+    plugin.WORKERS["cpu", "v2"] = f"{__name__}.Worker"
 
 
-class Runner(LookaheadGPURunner, CPUModelRunner):
-    """The GPU's runner over vLLM's CPU runner."""
+class Runner(LookaheadCUDARunner, CPUModelRunner):
+    """CUDA's runner over vLLM's V2 runner for CPUs."""
 
 
-class Worker(LookaheadWorkerMixin, CPUWorker):
-    """The GPU's worker over vLLM's CPU worker."""
+class Worker(CPULookaheadV2Worker):
+    """CUDA's runner and attention backend in a CPU worker."""
 
     runner_class = Runner
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """As ``GPULookaheadWorker.load_model``, in the place of the CPU's only backend."""
-        with backend_override(AttentionBackendEnum.CPU_ATTN, BACKEND):
-            super().load_model(*args, **kwargs)
+    backend = BACKEND
