@@ -32,7 +32,7 @@ def load(parser: FlexibleArgumentParser, model: str, preset: Path) -> tuple[Look
     args.model = args.model_tag
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config()
-    assert config.parallel_config.worker_cls == plugin.WORKERS["cpu"]
+    assert config.parallel_config.worker_cls == plugin.WORKERS["cpu", "v1"]
     return LookaheadConfig.from_vllm_config(config), engine_args
 
 

@@ -1,7 +1,7 @@
 """Tree rows in FlashAttention's place: vLLM's own metadata builder and layer code, over plain torch instead of CUDA.
 
 The Triton kernel has tests of its own (``test_triton_tree.py``) and is replaced by a reference here; all of it together
-runs in ``test_cuda_engine.py``.
+runs in ``tests/v2/test_cuda_path.py``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import gpu_on_cpu
+import flash_on_cpu
 from gpu_checks import Batch, dense, pack, random_batch, random_qkv, random_tree, tree_mask
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import fa_utils, flash_attn
@@ -63,9 +64,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def flash_attn_varlen_func(**arguments: Any) -> Any:
         made.append(arguments)
-        return gpu_on_cpu.flash_attn_varlen_func(**arguments)
+        return flash_on_cpu.flash_attn_varlen_func(**arguments)
 
-    stand_ins = {**gpu_on_cpu.STAND_INS, "flash_attn_varlen_func": flash_attn_varlen_func}
+    stand_ins = {**flash_on_cpu.STAND_INS, "flash_attn_varlen_func": flash_attn_varlen_func}
     for module in (fa_utils, flash_attn):
         for name, function in stand_ins.items():
             monkeypatch.setattr(module, name, function, raising=False)
@@ -230,14 +231,6 @@ def test_a_tree_row_is_cheap_for_the_stock_call(
     stock, ours = calls
     assert stock["seqused_k"].tolist() == [6, 59, 38]
     assert ours["seqused_k"].tolist() == [100, 53]
-
-
-def test_warm_up_reads_what_it_is_given(impl: flash.TreeFlashAttentionImpl, calls: list[dict[str, Any]]) -> None:
-    trees = pack(random_batch(np.random.default_rng(1), 1, 4, mixed=False, most_prefix=9), torch.device("cpu"))
-    assert trees.longest_prefix > 0
-    cache = torch.zeros(1, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
-    impl.warm_up(cache, trees, torch.zeros((1, 1), dtype=torch.int32), torch.float32)
-    assert len(calls) == 1
 
 
 PROBLEMS = {

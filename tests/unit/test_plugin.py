@@ -25,7 +25,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_lookahead import plugin, support, wrappers
 from vllm_lookahead.config import KEY, ConfigError, LookaheadConfig
 
-WORKER = plugin.WORKERS["cpu"]
+WORKER = plugin.WORKERS["cpu", "v1"]
 
 
 @pytest.fixture(scope="module")

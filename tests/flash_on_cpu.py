@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import vllm.v1.worker.cpu.shm  # noqa: F401 - vLLM on a CPU needs it before its V2 modules
 from vllm.v1.attention.backends import fa_utils, flash_attn
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
