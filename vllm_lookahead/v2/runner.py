@@ -206,9 +206,9 @@ class LookaheadV2RunnerMixin(Base):
         if dummy_run:
             self._serve(None, None)
         else:
-            self._timer.start(scheduler_output, self.planner.policy)
             self._settle()
             scheduler_output = self._with_drafts(scheduler_output)
+            self._timer.start(scheduler_output, self.planner.policy)
         return super().execute_model(scheduler_output, intermediate_tensors, dummy_run, **kwargs)
 
     def _with_drafts(self, output: SchedulerOutput) -> SchedulerOutput:
