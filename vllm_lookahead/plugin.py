@@ -174,7 +174,7 @@ def _prepare(
 
     setup = Setup(engine_args, model_config, parallel_config, current_platform, config.options)
     check_support(config.method, setup)
-    check_contract()
+    check_contract("v1")
     config = fit_lora(config, setup)
 
     if not isinstance(engine_args.additional_config, dict):

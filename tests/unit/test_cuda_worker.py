@@ -17,7 +17,6 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from proposers import DraftTree
 from vllm_lookahead import plugin
-from vllm_lookahead.contract import check_contract
 from vllm_lookahead.v1 import gpu_runner, gpu_worker
 from vllm_lookahead.v1.branch import BranchRow
 from vllm_lookahead.v1.gpu_runner import TREES_VARIABLE, LookaheadGPURunner, trees_are_off
@@ -51,11 +50,6 @@ assert not lazy, lazy
 def test_the_plugin_names_this_worker() -> None:
     assert plugin.WORKERS["cuda"] == f"{gpu_worker.__name__}.{gpu_worker.GPULookaheadWorker.__name__}"
     assert gpu_worker.GPULookaheadWorker.runner_class is LookaheadGPURunner
-
-
-def test_the_cuda_classes_of_this_vllm_fit() -> None:
-    check_contract(device="cuda")
-    check_contract(device="cuda", contract=gpu_worker.CONTRACT)
 
 
 def test_everything_that_a_device_has_to_do_is_there() -> None:
