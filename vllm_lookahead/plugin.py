@@ -174,7 +174,7 @@ def _prepare(
     own_worker = parallel_config.worker_cls in ("auto", *WORKERS.values())
     setup = Setup(engine_args, model_config, parallel_config, current_platform, config.options, own_worker)
     check_support(config.method, setup)
-    check_contract()
+    check_contract(setup.runner)
     config = fit_lora(config, setup)
 
     if not isinstance(engine_args.additional_config, dict):

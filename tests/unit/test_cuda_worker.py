@@ -71,7 +71,7 @@ def worker(**attributes: Any) -> cuda_worker.CUDALookaheadWorker:
 
 
 def test_model_runner_v1_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_worker, "check_contract", lambda: None)
+    monkeypatch.setattr(cuda_worker, "check_contract", lambda runner: None)
     with pytest.raises(UnsupportedVLLMError, match="needs Model Runner V2"):
         worker(use_v2_model_runner=False)._make_model_runner()
 

@@ -22,7 +22,7 @@ class CPULookaheadV2Worker(CPUWorker):
 
     def init_device(self) -> None:
         """As vLLM's, then our runner in place of the stock one, which has loaded nothing yet."""
-        check_contract()
+        check_contract("v2")
         if not self.use_v2_model_runner:
             raise UnsupportedVLLMError("vLLM takes Model Runner V1 where Model Runner V2 was expected")
         with replaced(self.vllm_config, "speculative_config", None):

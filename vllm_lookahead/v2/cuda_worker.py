@@ -18,7 +18,7 @@ class CUDALookaheadWorker(Worker):
 
     def _make_model_runner(self) -> Any:
         """Our model runner; vLLM's hook for other platforms' runners."""
-        check_contract()
+        check_contract("v2")
         if not self.use_v2_model_runner:
             raise UnsupportedVLLMError(
                 "vLLM takes Model Runner V1 for this configuration, and on CUDA vllm-lookahead needs Model Runner V2"
