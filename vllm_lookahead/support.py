@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vllm_lookahead.config import ConfigError, LookaheadConfig
 
@@ -45,7 +45,7 @@ class Setup(NamedTuple):
         return "cuda" if self.platform.is_cuda() else ""
 
     @property
-    def runner(self) -> str:
+    def runner(self) -> Literal["v1", "v2"]:
         """The generation of vLLM's model runner that will run: "v2" wherever vLLM itself would take it, else "v1"."""
         from vllm import envs
         from vllm.triton_utils import HAS_TRITON
@@ -169,7 +169,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "can't watermark the tokens of a draft tree; leave out --watermark-config",
     ),
     Refusal(
-        "asynchronous scheduling",
+        "asynchronous scheduling on V1",
         lambda s: s.runner == "v1" and s.arg("async_scheduling"),
         "needs Model Runner V2 for asynchronous scheduling; leave out --async-scheduling",
     ),

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from proposers import DraftTree
 from vllm_lookahead.attention import cpu_commit
 from vllm_lookahead.attention.cpu_commit import CPUCommit
+from vllm_lookahead.attention.cpu_trees import CPUTrees
 from vllm_lookahead.trees import kv, step
 from vllm_lookahead.trees.kv import moves
 from vllm_lookahead.trees.step import Descent, StepTrees, walk_all
-from vllm_lookahead.v1.cpu_runner import LookaheadCPURunner
 
 ROOT = -1
 HEADS, HEAD_SIZE = 2, 3
@@ -144,13 +144,10 @@ def test_warm_up_compiles_what_a_commit_of_any_number_of_rows_calls(monkeypatch:
         monkeypatch.setattr(module, name, recording(getattr(module, name)))
     caches = [torch.zeros(3, HEADS, 8, 2 * 32)]
     impl = SimpleNamespace(num_heads=HEADS, head_size=32, scale=1.0)
-    runner: Any = SimpleNamespace(
-        kv_caches=caches,
-        compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(impl=impl)}),
-        dtype=torch.float32,
-    )
+    trees = object.__new__(CPUTrees)
+    vars(trees).update(_kv_caches=caches, _impls=[impl], _dtype=torch.float32)
     step.warm_up()
-    LookaheadCPURunner.warm_up_trees(runner)
+    trees.warm_up()
     warm = {name: set(types) for name, types in called_with.items()}
     assert {name: len(types) for name, types in warm.items()} == dict.fromkeys(called_with, 1)
     assert len(warm) == 4

@@ -108,10 +108,9 @@ def test_prefix_caching_serves_what_trees_have_written(stock: LLM, ours: LLM, en
 def test_preemption_and_chunked_prefill(async_scheduling: bool, demo_model: str, stock: LLM, encode: Encode) -> None:
     """A KV cache for about two requests, and prompts in pieces of at most 48 tokens beside rows that verify trees."""
     requests = [
-        Request(tuple(encode(p + p + p))[:100], either(i, max_tokens=30, ignore_eos=True))
-        for i, p in enumerate(PROMPTS[:6])
+        Request(tuple(encode(p + p))[:60], either(i, max_tokens=60, ignore_eos=True)) for i, p in enumerate(PROMPTS[:6])
     ]
-    tiny = {**SMALL, "num_gpu_blocks_override": 11, "max_num_batched_tokens": 48, "max_model_len": 160}
+    tiny = {**SMALL, "num_gpu_blocks_override": 10, "max_num_batched_tokens": 48, "max_model_len": 160}
     with engine(demo_model, TREES, async_scheduling=async_scheduling, **tiny) as ours, TreeSpy.on(ours) as spy:
         preempted = 0
         finish = runner_of(ours).finish_requests

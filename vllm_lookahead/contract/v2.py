@@ -27,6 +27,7 @@ V2: tuple[Part, ...] = (
     Function(f"{RUNNER}.execute_model", ("scheduler_output", "intermediate_tensors", "dummy_run")),
     Function(f"{RUNNER}.prepare_inputs", ("scheduler_output",)),
     Function(f"{RUNNER}.prepare_attn", ("input_batch",), exactly=True),
+    Function(f"{RUNNER}._set_active_loras", ("prompt_lora_mapping", "token_lora_mapping", "lora_requests")),
     Function(f"{RUNNER}.sample_tokens", ("grammar_output",), exactly=True),
     Function(f"{RUNNER}.postprocess_sampled", ("idx_mapping", "sampled_tokens", "num_sampled", "num_rejected")),
     Function(f"{RUNNER}.take_draft_token_ids", (), exactly=True),

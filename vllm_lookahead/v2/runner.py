@@ -258,6 +258,12 @@ class LookaheadV2RunnerMixin(Base):
         lengths = [self._texts[req_id].length for req_id in batch.req_ids]
         return np.array(lengths, np.int32) + np.diff(step.starts)
 
+    def _set_active_loras(self, prompt_lora_mapping: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+        """As vLLM's, with an adapter for every row of logits: V2 names one per request, also where it has drafts."""
+        if self.step is not None:
+            prompt_lora_mapping = tuple(np.repeat(prompt_lora_mapping, np.diff(self.step.starts) + 1).tolist())
+        super()._set_active_loras(prompt_lora_mapping, *args, **kwargs)
+
     def rows_in_order(self, batch: InputBatch) -> NDArray[np.bool_]:
         """bool [rows]: rows whose nodes have to be sampled path by path."""
         return np.array([self._texts[req_id].in_order for req_id in batch.req_ids])
