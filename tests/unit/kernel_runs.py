@@ -60,9 +60,13 @@ def launched_nowhere(capability: int = 90) -> Iterator[dict[str, set[Any]]]:
     from triton.runtime.jit import JITFunction
 
     compiled_for: dict[str, set[Any]] = {}
+    kernels: list[Any] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if self not in kernels:
+            self.device_caches.clear()  # of what others have compiled
+            kernels.append(self)
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled_for[self.fn.__name__] = set(self.device_caches[0][0])
         return kernel
@@ -76,3 +80,5 @@ def launched_nowhere(capability: int = 90) -> Iterator[dict[str, set[Any]]]:
         patch.setattr(driver, "_active", gpu)
         patch.setattr(JITFunction, "run", compile_only)
         yield compiled_for
+    for kernel in kernels:
+        kernel.device_caches.clear()

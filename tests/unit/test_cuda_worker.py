@@ -11,22 +11,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
-
 import vllm.v1.worker.cpu.shm  # noqa: F401 - vLLM on a CPU needs it before its V2 modules
+from kernel_runs import compiles, launched_nowhere
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from proposers import DraftTree
 from vllm_lookahead import plugin
 from vllm_lookahead.attention import flash
 from vllm_lookahead.attention.flash import TreeFlashAttentionMetadataBuilder
+from vllm_lookahead.attention.packing import TreePacker
 from vllm_lookahead.contract import UnsupportedVLLMError
+from vllm_lookahead.trees.step import StepTrees
 from vllm_lookahead.v2 import cuda_runner, cuda_worker
 from vllm_lookahead.v2.cuda_runner import LookaheadCUDARunner
 from vllm_lookahead.v2.runner import LookaheadV2RunnerMixin
@@ -82,6 +86,39 @@ def test_drafting_is_prepared_before_vllm_reports_compilations(monkeypatch: pyte
     runner = SimpleNamespace(prepare_drafting=lambda: order.append("drafting"))
     worker(model_runner=runner)._maybe_activate_jit_monitor()
     assert order == ["drafting", "monitor"]
+
+
+@compiles
+@pytest.mark.parametrize("most", [1, 2, 48, 123, 1024])
+def test_warm_up_compiles_for_the_largest_tree_of_the_engine(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask has a word for 32 nodes, and the walk a thread or more for each."""
+    monkeypatch.setattr(LookaheadV2RunnerMixin, "prepare_drafting", lambda self: self.warm_up_trees())
+    buffers = SimpleNamespace(input_ids=torch.zeros(4096).int(), positions=torch.zeros(4096).long())
+    cpu = torch.device("cpu")
+    packer = TreePacker(cpu, 4096, 3, most)
+    runner = object.__new__(LookaheadCUDARunner)
+    vars(runner).update(device=cpu, input_buffers=buffers, num_speculative_steps=most, _packer=packer, _texts={})
+    tree = DraftTree.from_parents(range(most), [max(-1, i - 2) for i in range(most)])
+    tokens = tree.token_ids.tolist()
+    step = StepTrees.build(["a", "b", "c"], {"a": tokens, "b": tokens[:1], "c": tokens}, {"a": tree, "c": tree})
+    query_start = np.array([0, most + 1, most + 3, 2 * most + 4], np.int32)
+    batch: Any = SimpleNamespace(
+        query_start_loc_np=query_start,
+        query_start_loc=torch.from_numpy(query_start),
+        seq_lens=torch.full((3,), 2000).int(),
+        **vars(buffers),
+    )
+    monkeypatch.setattr(LookaheadCUDARunner, "seq_lens", lambda self, step, batch: batch.seq_lens.numpy())
+    runner._builders = []
+    with launched_nowhere() as compiled_for:
+        runner.prepare_drafting()
+        warm = dict(compiled_for)
+        runner.place_drafts(step, batch)
+        runner.serve_trees(step, batch)
+        for forbidden in (None, torch.zeros(2 * most + 4, dtype=torch.bool)):
+            runner.walk(torch.zeros(2 * most + 4, dtype=torch.int64), forbidden)
+        assert {name: keys for name, keys in compiled_for.items() if name in warm} == warm
+        assert most == 1 or compiled_for.keys() == {"place_kernel", "place_tokens_kernel", "walk_kernel"} == warm.keys()
 
 
 def test_the_backend_is_replaced_for_our_model_only(monkeypatch: pytest.MonkeyPatch) -> None:

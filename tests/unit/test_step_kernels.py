@@ -286,8 +286,9 @@ def test_commit_compiles(capability: int) -> None:
 @compiles
 def test_nothing_compiles_while_requests_wait() -> None:
     """After a warm-up with one small tree, steps of any size and at any address find their kernels compiled."""
-    from gpu_checks import random_batch, random_samples
+    from gpu_checks import random_batch, random_qkv, random_samples
 
+    from vllm_lookahead.attention.triton_tree import Prefix, tree_attention
     from vllm_lookahead.v2.kernels.commit import KVCommit
     from vllm_lookahead.v2.kernels.place import place
     from vllm_lookahead.v2.kernels.walk import walk, warm_up
@@ -296,27 +297,32 @@ def test_nothing_compiles_while_requests_wait() -> None:
     commit = KVCommit([torch.zeros(4, 2, 16, 64, dtype=torch.bfloat16)])
     rng = np.random.default_rng(0)
 
-    def step(rows: int, nodes: int, at: int) -> None:
+    def step(rows: int, nodes: int, shift: int) -> None:
+        """``shift``: by how many elements tensors of vLLM's may begin behind an aligned address."""
+
+        def shifted(size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size + shift, dtype=dtype)[shift:]
+
         batch = random_batch(rng, rows, nodes, mixed=rows > 1)
-        trees = packer(batch.step, batch.query_start, np.full(rows, 999, np.int32))
+        trees, tokens = packer(batch.step, batch.query_start, np.full(rows, 999, np.int32)), int(batch.query_start[-1])
         assert trees.packed is not None
-        seq_lens = torch.zeros(rows + at, dtype=torch.int32)[at:]
-        place(trees, seq_lens, torch.zeros(int(batch.query_start[-1]) + at, dtype=torch.int64)[at:])
-        sampled = torch.from_numpy(np.concatenate((np.zeros(at, np.int64), random_samples(rng, batch.step))))[at:]
+        place(trees, shifted(rows, torch.int32), shifted(tokens, torch.int64))
+        query, key, value = random_qkv(torch.Generator(), tokens, 4, 2, 32, torch.bfloat16)
+        prefix = Prefix(torch.zeros(trees.packed.num_tokens, 4, 32).bfloat16(), torch.zeros(4, trees.packed.num_tokens))
+        tree_attention(query, key, value, trees.packed, 1.0, torch.zeros(tokens, 4, 32).bfloat16(), prefix)
+        sampled = shifted(len(batch.step.tokens) + rows, torch.int64)
+        sampled.copy_(torch.from_numpy(random_samples(rng, batch.step)))
         walks = walk(sampled, trees, 65)
-        walk(sampled, trees, 65, torch.zeros(len(sampled) + at, dtype=torch.bool)[at:])
-        commit(trees.packed, walks.paths, walks.lengths, torch.zeros(4096 + at, dtype=torch.int64)[at:])
+        walk(sampled, trees, 65, shifted(len(sampled), torch.bool))
+        commit(trees.packed, walks.paths, walks.lengths, shifted(tokens, torch.int64))
 
     with launched_nowhere() as compiled_for:
         step(1, 3, 0)
         warm = {name: set(keys) for name, keys in compiled_for.items()}
-        assert {name: len(keys) for name, keys in warm.items()} == {
-            "place_kernel": 1,
-            "walk_kernel": 2,
-            "commit_kernel": 1,
-        }
-        for rows, nodes, at in ((2, 64, 0), (32, 9, 0), (16, 40, 1), (1, 64, 3)):
-            step(rows, nodes, at)
+        expected = {"place_kernel": 1, "tree_kernel": 1, "walk_kernel": 2, "commit_kernel": 1}
+        assert {name: len(keys) for name, keys in warm.items()} == expected
+        for rows, nodes, shift in ((2, 64, 0), (32, 9, 0), (16, 40, 1), (1, 64, 3)):
+            step(rows, nodes, shift)
         assert compiled_for == warm
         nothing = packer(StepTrees.build(["a"], {}, {}), np.array([0, 1], np.int32), np.ones(1, np.int32))
         warm_up(nothing, 65)

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from proposers import DraftTree
 from vllm_lookahead.attention.flash import unsupported_reason
 from vllm_lookahead.attention.packing import DeviceTrees, TreePacker
 from vllm_lookahead.temporary import replaced
@@ -126,4 +127,13 @@ class LookaheadCUDARunner(LookaheadV2RunnerMixin, GPUModelRunner):
         super().prepare_drafting()
 
     def warm_up_trees(self) -> None:
-        """See ``LookaheadV2RunnerMixin.warm_up_trees``: ``tree_support`` has compiled what has to be compiled."""
+        """See ``LookaheadV2RunnerMixin.warm_up_trees``.
+
+        ``tree_support`` has compiled what doesn't depend on the size of the largest tree; the mask's words do.
+        """
+        if self.num_speculative_steps < 2:
+            return  # one node is a chain
+        tree = DraftTree.from_parents([0, 0], [-1, -1])
+        step = StepTrees.build(["warm-up"], {"warm-up": [0, 0]}, {"warm-up": tree})
+        self._trees = self._packer(step, np.array([0, 3], np.int32), np.array([3], np.int32))
+        place(self._trees, torch.tensor([3], dtype=torch.int32, device=self.device), self.input_buffers.positions)
