@@ -19,7 +19,7 @@ from vllm_lookahead.trees.kv import moves
 from vllm_lookahead.trees.rows import TreeRows
 from vllm_lookahead.trees.step import PLACEHOLDER, StepTrees, Walks, walk_all
 from vllm_lookahead.v2.kernels.commit import KVCommit
-from vllm_lookahead.v2.kernels.place import place
+from vllm_lookahead.v2.kernels.place import place, place_tokens
 from vllm_lookahead.v2.kernels.walk import walk
 
 ROOT = -1
@@ -280,7 +280,10 @@ def walked_first(step: StepTrees, walks: Walks) -> np.ndarray:
 
 
 def check_place(seed: int, device: str, rows: int = 4, nodes: int = 40, reach: int = 6) -> int:
-    """What ``place`` writes next to ``TreeRows``, and that it writes nothing else. Returns the longest row's length."""
+    """What ``place`` writes next to ``TreeRows``, the nodes' tokens, and that nothing else is written.
+
+    Returns the longest row's length.
+    """
     batch = random_batch(np.random.default_rng(seed), rows, nodes, reach=reach)
     trees, total = send(batch, torch.device(device)), int(batch.query_start[-1])
     expected, packed = pack(batch, torch.device(device)), trees.packed
@@ -294,6 +297,12 @@ def check_place(seed: int, device: str, rows: int = 4, nodes: int = 40, reach: i
         assert torch.equal(getattr(packed, name), getattr(expected, name)), f"{name} differ"
     before[batch.trees.tokens] = batch.trees.positions
     assert np.array_equal(positions.cpu().numpy(), before), "positions differ"
+
+    input_ids = torch.full((total,), 99, dtype=torch.int32, device=device)
+    place_tokens(trees, torch.from_numpy(batch.query_start).to(device), input_ids)
+    is_node = np.arange(total) >= np.repeat(batch.query_start[1:] - np.diff(batch.step.starts), tokens)
+    assert np.array_equal(input_ids.cpu().numpy()[is_node], batch.step.tokens), "nodes' tokens differ"
+    assert bool((input_ids.cpu().numpy()[~is_node] == 99).all()), "a token that is no node was written"
     return packed.longest
 
 

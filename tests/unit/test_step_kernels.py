@@ -148,6 +148,18 @@ def test_these_checks_see_a_wrong_mask(checks: Any, monkeypatch: pytest.MonkeyPa
         checks.check_place(0, DEVICE)
 
 
+@runs_kernels
+def test_a_place_without_a_token_gets_token_0() -> None:
+    """A grammar's requests keep places that no draft takes; an embedding has no row -1."""
+    from vllm_lookahead.v2.kernels.place import place_tokens
+
+    step = StepTrees.build(["a", "b"], {"a": [7, -1, -1], "b": [5]}, {})
+    trees = TreePacker(torch.device(DEVICE), 6, 2, 3)(step, np.array([0, 4, 6], np.int32), np.array([9, 9], np.int32))
+    input_ids = torch.full((7,), 3, dtype=torch.int32, device=DEVICE)
+    place_tokens(trees, torch.tensor([0, 4, 6], dtype=torch.int32, device=DEVICE), input_ids)
+    assert input_ids.tolist() == [3, 7, 0, 0, 3, 5, 3]
+
+
 # ---- the KV commit
 
 
@@ -290,7 +302,7 @@ def test_nothing_compiles_while_requests_wait() -> None:
 
     from vllm_lookahead.attention.triton_tree import Prefix, tree_attention
     from vllm_lookahead.v2.kernels.commit import KVCommit
-    from vllm_lookahead.v2.kernels.place import place
+    from vllm_lookahead.v2.kernels.place import place, place_tokens
     from vllm_lookahead.v2.kernels.walk import walk, warm_up
 
     packer = TreePacker(torch.device("cpu"), 4096, 32, 64)
@@ -306,6 +318,7 @@ def test_nothing_compiles_while_requests_wait() -> None:
         batch = random_batch(rng, rows, nodes, mixed=rows > 1)
         trees, tokens = packer(batch.step, batch.query_start, np.full(rows, 999, np.int32)), int(batch.query_start[-1])
         assert trees.packed is not None
+        place_tokens(trees, shifted(rows + 1, torch.int32), shifted(tokens, torch.int32))
         place(trees, shifted(rows, torch.int32), shifted(tokens, torch.int64))
         query, key, value = random_qkv(torch.Generator(), tokens, 4, 2, 32, torch.bfloat16)
         prefix = Prefix(torch.zeros(trees.packed.num_tokens, 4, 32).bfloat16(), torch.zeros(4, trees.packed.num_tokens))
@@ -319,7 +332,8 @@ def test_nothing_compiles_while_requests_wait() -> None:
     with launched_nowhere() as compiled_for:
         step(1, 3, 0)
         warm = {name: set(keys) for name, keys in compiled_for.items()}
-        expected = {"place_kernel": 1, "tree_kernel": 1, "walk_kernel": 2, "commit_kernel": 1}
+        expected = dict.fromkeys(("place_tokens_kernel", "place_kernel", "tree_kernel", "commit_kernel"), 1)
+        expected["walk_kernel"] = 2
         assert {name: len(keys) for name, keys in warm.items()} == expected
         for rows, nodes, shift in ((2, 64, 0), (32, 9, 0), (16, 40, 1), (1, 64, 3)):
             step(rows, nodes, shift)
