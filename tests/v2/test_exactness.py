@@ -17,7 +17,7 @@ from .conftest import NODES, SMALL
 TREES: dict[str, Any] = {**METHODS["prompt_lookup"], "num_speculative_tokens": NODES, "budget": NODES}
 
 
-def shortened(request: Request, tokens: int = 14) -> Request:
+def shortened(request: Request, tokens: int = 12) -> Request:
     """The same request with less of everything: a token takes the interpreter a second."""
     params = request.params.clone()
     params.max_tokens = min(tokens, params.max_tokens or tokens)
@@ -27,7 +27,7 @@ def shortened(request: Request, tokens: int = 14) -> Request:
     return Request(request.prompt[:48], params)
 
 
-def requests_of_all_cases(encode: Encode, per_case: int = 3) -> tuple[list[Request], list[str]]:
+def requests_of_all_cases(encode: Encode, per_case: int = 2) -> tuple[list[Request], list[str]]:
     """Some requests of every case of the V1 suite, and what to call them."""
     chosen = [(case, request) for case in CASES for request in case.requests(encode)[:per_case]]
     return [shortened(request) for _, request in chosen], [case.name for case, _ in chosen]
@@ -50,7 +50,7 @@ def test_every_sampling_option(all_cases: tuple[list[Request], list[str], list[R
 def test_without_asynchronous_scheduling(
     demo_model: str, all_cases: tuple[list[Request], list[str], list[RequestOutput]]
 ) -> None:
-    requests, names, expected = (part[::2] for part in all_cases)
+    requests, names, expected = (part[::3] for part in all_cases)
     with engine(demo_model, TREES, async_scheduling=False, **SMALL) as ours, TreeSpy.on(ours) as spy:
         assert not ours.llm_engine.vllm_config.scheduler_config.async_scheduling
         got = run(ours, requests, in_flight=6, seed=1)
@@ -60,13 +60,14 @@ def test_without_asynchronous_scheduling(
 
 def test_lookahead(demo_model: str, all_cases: tuple[list[Request], list[str], list[RequestOutput]]) -> None:
     """The Jacobi window is part of the trees, and reads the argmax at its tips."""
-    requests, names, expected = (part[1::3] for part in all_cases)
+    requests, names, expected = (part[1::4] for part in all_cases)
     config = {"method": "lookahead", "window_size": 2, "ngram_size": 3, "guess_set_size": 3, "budget": 8}
     with engine(demo_model, {**config, "num_speculative_tokens": 8}, **SMALL) as ours, TreeSpy.on(ours) as spy:
         got = run(ours, requests, in_flight=6, seed=2)
         assert runner_of(ours).drafter.proposer.needs_argmax
     assert_same(expected, got, names)
-    spy.assert_trees_were_used()
+    assert spy.verified >= 10
+    assert spy.accepted >= 1
 
 
 def test_grammars_beside_trees(stock: LLM, ours: LLM, encode: Encode) -> None:
