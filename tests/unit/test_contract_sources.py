@@ -119,9 +119,8 @@ def test_signatures(toy: Sources, path: str, names: list[str], takes_any: bool) 
     assert toy.signature(path) == (names, takes_any)
 
 
-@pytest.mark.parametrize("path", ["vllm.sub:cached.cache_clear", "vllm.base:T", "vllm.base:Root.LIMIT"])
-def test_there_but_telling_nothing(toy: Sources, path: str) -> None:
-    assert toy.signature(path) is None
+def test_a_caches_method_is_there_but_tells_nothing(toy: Sources) -> None:
+    assert toy.signature("vllm.sub:cached.cache_clear") is None
 
 
 def test_attributes(toy: Sources) -> None:
@@ -139,6 +138,8 @@ def test_attributes(toy: Sources) -> None:
         ("vllm.base:Roof.make", "vllm.base has no Roof"),
         ("vllm.base:Only", "vllm.base has no Only"),
         ("vllm.base:fast", "vllm.base has no fast"),
+        ("vllm.base:T", "vllm.base.T is no function by its syntax"),
+        ("vllm.base:Root.LIMIT", "vllm.base.Root.LIMIT is no function by its syntax"),
         ("vllm.sub:Deeper.bake", "vllm.sub.Deeper has no bake"),
         ("vllm.base:wait.cache_clear", "vllm.base.wait has no cache_clear"),
     ],
@@ -162,17 +163,10 @@ def test_sources_say_what_importing_says(part: Part, installed: Sources) -> None
     assert part.problem(installed) is None
     assert part.problem() is None
     if isinstance(part, Function):
-        signatures = (installed.signature(part.path), running.signature(part.path))
-        assert None in signatures or signatures[0] == signatures[1]
+        assert installed.signature(part.path) == running.signature(part.path)
         return
     more = replace(part, names=(*part.names, "no_such_attribute"))
     assert more.problem(installed) == more.problem() is not None
-
-
-def test_most_signatures_are_known(installed: Sources) -> None:
-    functions = [part.path for part in EVERY if isinstance(part, Function)]
-    unknown = [path for path in functions if installed.signature(path) is None]
-    assert unknown == ["vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear"]
 
 
 @pytest.mark.parametrize("part", EVERY, ids=lambda part: part.path)

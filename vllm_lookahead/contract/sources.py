@@ -35,12 +35,14 @@ class Sources:
         self._modules: dict[str, Found | None] = {}
 
     def signature(self, path: str) -> Signature | None:
-        """See ``Reading.signature``. A class's is its constructor's; an assigned name tells nothing."""
+        """See ``Reading.signature``. A class's is its constructor's."""
         found: Found | None = self._resolve(path)
         if found and isinstance(found.node, ast.ClassDef):
             found = self._member(found, "__init__")
-        if found is None or not isinstance(found.node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if found and isinstance(found.node, ast.Pass):
             return None
+        if found is None or not isinstance(found.node, ast.FunctionDef | ast.AsyncFunctionDef):
+            raise Missing(f"{path.replace(':', '.')} is no function by its syntax")
         given = found.node.args
         positional = [*given.posonlyargs, *given.args]
         if "classmethod" in _labels(found.node):
@@ -88,7 +90,7 @@ class Sources:
                     if member is not None:
                         return Found(member, cls.module)
             case ast.FunctionDef() if name == "cache_clear" and {"cache", "lru_cache"} & _labels(owner.node):
-                return Found(ast.Pass(), owner.module)
+                return Found(ast.Pass(), owner.module)  # there, but written elsewhere
         return None
 
     def _global(self, module: Found, name: str) -> Found | None:
