@@ -168,17 +168,6 @@ def test_suffix_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert methods.named("suffix").missing is None
 
 
-def test_method_sets_verify_their_whole_tree() -> None:
-    configs = {m.name: m.speculative_config for m in methods.tokens_per_step_methods(64, {"window_size": 15})}
-    assert configs["stock"] is None
-    assert configs["prompt lookup alone"] == {"method": "prompt_lookup", "max_draft_tokens": 64, "budget": 64}
-    assert configs["lookahead alone"] is not None
-    assert configs["lookahead alone"]["prompt_lookup"] is False
-    assert configs["lookahead alone"]["budget"] == 64 + 15 * 4 - 1
-    names = [m.name for m in methods.branch_methods([1, 3], {}, fixed=False)]
-    assert names == ["stock", "fused", "fused, every 3", "separate", "separate, every 3"]
-
-
 # ---- watching an engine
 
 
@@ -500,14 +489,6 @@ def test_start_up_table(comparison: Comparison) -> None:
     assert list(tables.left_out(comparison.methods)) == ["suffix: not available: needs arctic-inference"]
 
 
-def test_tokens_per_step_table(results: Results) -> None:
-    warm = measure({"stock": FakeEngine(1, 0.004)}, IDS, Load(batches=(1,), rounds=1, max_tokens=9, temperature=0.8))
-    results.measurements = [m for m in results.measurements if m.batch == 1]
-    table = tables.tokens_per_step([results, warm])
-    assert cells(table, "greedy", "lookahead")[:2] == ["4.000", "3.0"]
-    assert cells(table, "temperature 0.8", "stock")[0] == "1.000"
-
-
 def test_plot(tmp_path: Path, results: Results) -> None:
     pytest.importorskip("matplotlib")
     from vllm_lookahead.bench import plot
@@ -620,7 +601,7 @@ def invoke(*arguments: str) -> Any:
 
 def test_run_is_the_default_command() -> None:
     assert "run --batch" not in invoke("--help").output
-    assert "tokens-per-step" in invoke("--help").output
+    assert "step-cost" in invoke("--help").output
     assert invoke("--method", "nix").output.startswith("error: unknown method 'nix'")
     assert invoke("--method", "nix").exit_code == invoke("run", "--method", "nix").exit_code == 2
 
@@ -631,9 +612,7 @@ def test_run_is_the_default_command() -> None:
         ["--batch", "1,x"],
         ["--batch", "0"],
         ["--engine", "[]"],
-        ["branch", "--options", "{"],
-        ["tokens-per-step", "--options", '{"window": 3}'],
-        ["tokens-per-step", "--temperature", "-1"],
+        ["--temperature", "-1"],
         ["show", os.devnull],
     ],
 )

@@ -56,7 +56,6 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above, e
 Seed = Annotated[int, typer.Option(help="Of the choice of prompts and of the requests.")]
 Rounds = Annotated[int, typer.Option(min=1, help="The methods take turns in each.")]
 Out = Annotated[Path, typer.Option(help="The result file (JSON). The plot goes beside it.")]
-Options = Annotated[str, typer.Option(metavar="JSON", help="Options of lookahead, like window_size.")]
 MethodNames = Annotated[
     list[str] | None,
     typer.Option(
@@ -78,7 +77,7 @@ def run(
     rotate: Rotate = True,
     max_tokens: MaxTokens = 256,
     stop_at_eos: StopAtEos = False,
-    temperature: Temperature = 0.0,
+    temperature: Annotated[str, typer.Option(help="Several numbers. 0: greedy; above, requests have seeds.")] = "0",
     seed: Seed = 0,
     model: Model = None,
     dtype: Dtype = "auto",
@@ -91,6 +90,8 @@ def run(
     out: Out = Path("out/bench-run.json"),
 ) -> None:
     """Any set of methods side by side, by batch size: the main benchmark (default command)."""
+    from dataclasses import replace
+
     from vllm_lookahead.bench import methods
     from vllm_lookahead.bench.comparison import compare, progress
     from vllm_lookahead.bench.results import Load
@@ -103,68 +104,22 @@ def run(
             rounds=rounds,
             per_round=num_prompts,
             max_tokens=max_tokens,
-            temperature=temperature,
             ignore_eos=not stop_at_eos,
             seed=seed,
             rotate=rotate,
         )
+        loads = [replace(load, temperature=value) for value in _floats(temperature, "--temperature")]
         chosen = methods.parse(method or methods.STANDARD)
         with progress(console) as say:
             comparison = compare(
                 chosen,
-                [load],
+                loads,
                 _settings(model, dtype, eager, engine, threads, logs),
                 starts=starts,
                 profile=profile,
                 say=say,
             )
         _finish(console, "run", setting, comparison, out)
-
-
-@app.command("tokens-per-step")
-def tokens_per_step(
-    max_draft_tokens: Annotated[int, typer.Option(min=1, help="Guesses per step, for every method.")] = 64,
-    options: Options = "{}",
-    temperature: Annotated[str, typer.Option(help="Several numbers; 0 is greedy.")] = "0,0.8",
-    batch: Annotated[int, typer.Option(min=1, help="Most requests at a time.")] = 8,
-    rounds: Rounds = 1,
-    prompts: Prompts = "demo",
-    num_prompts: NumPrompts = 16,
-    max_tokens: MaxTokens = 256,
-    stop_at_eos: StopAtEos = False,
-    seed: Seed = 0,
-    model: Model = None,
-    dtype: Dtype = "float32",
-    eager: Eager = False,
-    engine: EngineArguments = "{}",
-    threads: Threads = None,
-    logs: Logs = None,
-    out: Out = Path("out/bench-tokens-per-step.json"),
-) -> None:
-    """Lookahead alone, prompt lookup alone and both, with a fixed node budget: tokens per step, greedy and sampled."""
-    from dataclasses import replace
-
-    from vllm_lookahead.bench.comparison import compare, progress
-    from vllm_lookahead.bench.methods import tokens_per_step_methods
-    from vllm_lookahead.bench.results import Load
-
-    console, setting = _begin()
-    with _errors(console):
-        load = Load(
-            prompts=prompts,
-            batches=(batch,),
-            rounds=rounds,
-            per_round=num_prompts,
-            max_tokens=max_tokens,
-            ignore_eos=not stop_at_eos,
-            seed=seed,
-        )
-        loads = [replace(load, temperature=value) for value in _floats(temperature, "--temperature")]
-        methods = tokens_per_step_methods(max_draft_tokens, _json(options, "--options"))
-        with progress(console) as say:
-            settings = _settings(model, dtype, eager, engine, threads, logs)
-            comparison = compare(methods, loads, settings, profile=False, say=say)
-        _finish(console, "tokens-per-step", setting, comparison, out)
 
 
 @app.command("step-cost")
@@ -211,50 +166,6 @@ def step_cost(
         content = {"methods": about, "context": context, "steps": cost.to_json(times)}
         _write(console, "step-cost", setting, content, out)
         _show(console, cost.table(times, context))
-
-
-@app.command()
-def branch(
-    every: Annotated[str, typer.Option(help="Evaluate the window in every k-th step, several k.")] = "1,2,4",
-    options: Options = "{}",
-    auto: Annotated[
-        bool, typer.Option("--auto", help="Let the budget controller decide, instead of a fixed budget.")
-    ] = (False),
-    batch: Annotated[str, typer.Option(help="Most requests at a time, several numbers.")] = "1,8",
-    rounds: Rounds = 5,
-    prompts: Prompts = "demo",
-    num_prompts: NumPrompts = 8,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    model: Model = None,
-    dtype: Dtype = "auto",
-    eager: Eager = False,
-    engine: EngineArguments = "{}",
-    threads: Threads = None,
-    logs: Logs = None,
-    out: Out = Path("out/bench-branch.json"),
-) -> None:
-    """Lookahead's branch fused, separate, and only in every k-th step: what each costs and brings."""
-    from vllm_lookahead.bench.comparison import compare, progress
-    from vllm_lookahead.bench.methods import branch_methods
-    from vllm_lookahead.bench.results import Load
-
-    console, setting = _begin()
-    with _errors(console):
-        load = Load(
-            prompts=prompts,
-            batches=_numbers(batch, "--batch", least=1),
-            rounds=rounds,
-            per_round=num_prompts,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-        methods = branch_methods(_numbers(every, "--every", least=1), _json(options, "--options"), fixed=not auto)
-        with progress(console) as say:
-            comparison = compare(methods, [load], _settings(model, dtype, eager, engine, threads, logs), say=say)
-        _finish(console, "branch", setting, comparison, out)
 
 
 @app.command()
@@ -369,9 +280,6 @@ def _settings(
 def _tables(kind: str, comparison: Comparison) -> Iterator[Table]:
     from vllm_lookahead.bench import tables
 
-    if kind == "tokens-per-step":
-        yield tables.tokens_per_step(comparison.results)
-        return
     for results in comparison.results:
         yield tables.speed(results)
         best = tables.against_best_stock(results, comparison.methods)
@@ -407,8 +315,6 @@ def _finish(console: Console, kind: str, setting: dict[str, Any], comparison: Co
         _show(console, table)
     for line in tables.left_out(comparison.methods):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if kind == "tokens-per-step":
-        return
     if not plot.available():
         console.print(plot.MISSING, markup=False, highlight=False)
     elif comparison.results[0].measurements:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,33 +180,6 @@ def time_split(results: Results) -> Table | None:
         return [f"{sum(ms.values()):.2f}", *(f"{ms[part]:.2f}" for part in parts)]
 
     return by_batch(table, results, cells)
-
-
-def tokens_per_step(loads: Sequence[Results]) -> Table:
-    """Tokens per step of several methods under several loads (temperatures)."""
-    load = loads[0].load
-    table = Table(
-        f"tokens per step; prompts: {Path(load.prompts).name}, {load.max_tokens} tokens",
-        ["decoding", "method", "tokens/step", "nodes/step", "ms/step", "identical"],
-        notes=[f"{load.per_round} prompts in each of {load.rounds} rounds, batch {load.batches[0]}; node budget fixed"],
-    )
-    for results in loads:
-        if table.rows:
-            table.rows.append([])
-        temperature = results.load.temperature
-        for at, line in enumerate(results.summary()):
-            rounds = [m.tokens_per_step for m in results.of(line.method, line.batch)]
-            table.rows.append(
-                [
-                    (f"temperature {temperature:g}" if temperature else "greedy") if at == 0 else "",
-                    line.method,
-                    Spread.of(rounds).show(".3f"),
-                    f"{line.nodes_per_step:.1f}",
-                    f"{line.ms_per_step.median:.2f}",
-                    agreement(line),
-                ]
-            )
-    return table
 
 
 def start_up(methods: Mapping[str, Mapping[str, Any]], baseline: str | None) -> Table:
