@@ -54,27 +54,6 @@ class Method:
         return None
 
 
-def named(name: str) -> Method:
-    """The method that goes by a bare name: one of vLLM's in ``STOCK`` or one of ours.
-
-    Raises:
-        MethodError: there is none.
-    """
-    bare = name.strip().removeprefix("[").removesuffix("]")
-    if bare in STOCK:
-        return Method(bare, STOCK[bare], plugin=False)
-    if bare in method_names():
-        return Method(bare, {"method": bare}, plugin=True)
-    known = ", ".join([*STOCK, *sorted(method_names())])
-    raise MethodError(f"unknown method {name!r}: known are {known}, and NAME=JSON with a speculative config")
-
-
-def configured(name: str, config: dict[str, Any] | None) -> Method:
-    """A method with its own settings."""
-    ours = config is not None and requested_method(config, method_names(), ()) is not None
-    return Method(name, config, plugin=ours)
-
-
 def parse(values: Iterable[str]) -> list[Method]:
     """Methods as they are typed: bare names, several separated by commas, or ``NAME=JSON``.
 
@@ -85,7 +64,7 @@ def parse(values: Iterable[str]) -> list[Method]:
     for value in values:
         name, equals, text = value.partition("=")
         if not equals:
-            methods += [named(bare) for bare in value.split(",") if bare.strip()]
+            methods += [_named(bare) for bare in value.split(",") if bare.strip()]
             continue
         try:
             config = json.loads(text)
@@ -93,8 +72,21 @@ def parse(values: Iterable[str]) -> list[Method]:
             raise MethodError(f"method {name!r}: not JSON: {error}") from error
         if not isinstance(config, dict | None) or not name:
             raise MethodError(f"method {value!r}: must be NAME={{...}} with a speculative config, or NAME=null")
-        methods.append(configured(name, config))
-    twice = sorted({m.name for m in methods if sum(m.name == other.name for other in methods) > 1})
-    if twice:
-        raise MethodError(f"method {twice[0]!r} is named twice: give one of them another name, as NAME=JSON")
+        ours = config is not None and requested_method(config, method_names(), ()) is not None
+        methods.append(Method(name, config, plugin=ours))
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise MethodError(f"method {name!r} is named twice: give one of them another name, as NAME=JSON")
     return methods
+
+
+def _named(name: str) -> Method:
+    """The method that goes by a bare name: one of vLLM's in ``STOCK`` or one of ours."""
+    bare = name.strip().removeprefix("[").removesuffix("]")
+    if bare in STOCK:
+        return Method(bare, STOCK[bare], plugin=False)
+    if bare in method_names():
+        return Method(bare, {"method": bare}, plugin=True)
+    known = ", ".join([*STOCK, *sorted(method_names())])
+    raise MethodError(f"unknown method {name!r}: known are {known}, and NAME=JSON with a speculative config")
