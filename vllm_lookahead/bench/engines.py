@@ -11,9 +11,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -104,7 +105,7 @@ def engines(methods: Sequence[Method], settings: EngineSettings, say: Say) -> It
 @contextmanager
 def _process(method: Method, settings: EngineSettings, log: Path) -> Iterator[Ask]:
     """A process with an engine in it."""
-    pool = ProcessPoolExecutor(1, get_context("spawn"), _write_to, (str(log),))
+    pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (str(log),))
 
     def ask(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -126,11 +127,17 @@ def _process(method: Method, settings: EngineSettings, log: Path) -> Iterator[As
 _engine: Engine | None = None
 
 
-def _write_to(log: str) -> None:
-    """Send what this process prints to a file."""
+def _begin(log: str) -> None:
+    """Send what this process prints to a file, and end when the process that started it does, however that ends."""
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+
+    def follow(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, args=(parent_process(),), daemon=True).start()
 
 
 def _start(*arguments: Any) -> None:
