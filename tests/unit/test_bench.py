@@ -3,7 +3,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +280,9 @@ def test_step_cost_table() -> None:
         ["", "10", "4.00", "4.00", "1.000", "5.00", "1.250"],
         ["", "200", "-", "42.00", "-", "62.00", "-"],
     ]
+    del engines["stock chain"]
+    alone = step_cost.measure(engines, nodes=[10], batches=[1], rounds=1, context=30, steps=4, say=silent)
+    assert step_cost.table(alone, 30).rows[-1] == ["", "10", "2.00", "3.00", "1.500", "3.50", "1.750"]
     measured.verified = measured.asked // 2
     assert "nodes were verified" in step_cost.table(measured, 30).notes[0]
 
@@ -327,6 +332,27 @@ def test_served_table() -> None:
     assert ours[-3:] == ["2.50 (2.50 - 2.50)", "2", "3 of 4"]
 
 
+# ---- the judgement of benchmarks/gpu.py
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gap", "status"), [("bfloat16", 0.25, 0), ("bfloat16", 2.0, 1), ("float32", 0.0, 1), ("float32", None, 0)]
+)
+def test_rounding_is_told_from_errors(tmp_path: Path, dtype: str, gap: float | None, status: int) -> None:
+    """The second token differs (unless ``gap`` is None), where stock's two likeliest were so far apart."""
+    kinds = [f"{kind}, {how}" for kind in ("greedy", "seeded") for how in ("alone", "batched")]
+    stock = {"method": "stock", "dtype": dtype, **{kind: [[1, 2, 3]] for kind in kinds}}
+    gaps = {f"{kind}, gaps": [[9.0, gap, 0.0]] for kind in kinds}
+    ours = stock if gap is None else {**stock, **{kind: [[1, 5, 7]] for kind in kinds}}
+    paths = [tmp_path / "stock.json", tmp_path / "ours.json"]
+    for path, content in zip(paths, ({**stock, **gaps}, ours), strict=True):
+        path.write_text(json.dumps(content))
+    program = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    done = subprocess.run([sys.executable, program, "compare", *paths], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert f"{int(gap is None)} of 1 identical" in done.stdout
+
+
 # ---- the command
 
 
@@ -367,6 +393,27 @@ def test_engines_compute_with_the_threads_they_are_given(monkeypatch: pytest.Mon
     stock = EngineSettings("m", threads=1).environment(plugin=False)
     assert stock["OMP_NUM_THREADS"] == stock["NUMBA_NUM_THREADS"] == "1"
     assert "lookahead" not in stock["VLLM_PLUGINS"].split(",")
+
+
+def test_engines_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """Whatever kills it: an engine may hold gigabytes."""
+    program = (
+        "import os, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from vllm_lookahead.bench.engines import _begin\n"
+        f"pool = ProcessPoolExecutor(1, get_context('spawn'), _begin, ({str(tmp_path / 'log')!r},))\n"
+        "print(pool.submit(os.getpid).result(), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_the_whole_thing(demo_model: str, tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def step_cost(
     context: Annotated[int, typer.Option(min=1, help="Length of the prompts, random tokens.")] = 300,
     steps: Annotated[int, typer.Option(min=4, help="Steps to time for each number of nodes.")] = 20,
     rounds: Rounds = 5,
+    stock_chain: Annotated[bool, typer.Option(help="Also stock vLLM verifying a chain.")] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Also print what takes longest (torch's profiler).")
     ] = False,
@@ -143,7 +144,8 @@ def step_cost(
     room = max(2048, max(batches) * (1 + max(sizes)))
     settings = _settings(model, dtype, eager, engine, threads, logs, max_num_batched_tokens=room)
     with _benchmark("step-cost", out) as (say, finish):
-        with engines(cost.methods(max(1, *sizes)), settings, say) as (asks, about):
+        chosen = [m for m in cost.methods(max(1, *sizes)) if stock_chain or m.name != cost.STOCK_CHAIN]
+        with engines(chosen, settings, say) as (asks, about):
             times = cost.measure(
                 asks,
                 nodes=sizes,

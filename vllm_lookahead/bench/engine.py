@@ -30,6 +30,13 @@ class Engine:
         self.nodes = 0
         self._count_nodes()
 
+    @property
+    def runner(self) -> Any:
+        """The model runner, or None where it lives in another process."""
+        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
+        driver = getattr(getattr(core, "model_executor", None), "driver_worker", None)
+        return getattr(getattr(driver, "worker", None), "model_runner", None)
+
     def info(self) -> dict[str, Any]:
         """What the engine made of its settings."""
         import torch
@@ -42,7 +49,7 @@ class Engine:
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "compilation": str(config.compilation_config.mode),
             "cudagraphs": str(config.compilation_config.cudagraph_mode),
-            "runner": type(self._runner).__name__,
+            "runner": type(self.runner).__name__,
             "threads": torch.get_num_threads(),
         }
 
@@ -184,25 +191,18 @@ class Engine:
             engine.step()
         return {**found, "asked": asked, "verified": self.nodes, "accepted": emitted - rows}
 
-    @property
-    def _runner(self) -> Any:
-        """The model runner, or None where it lives in another process."""
-        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
-        driver = getattr(getattr(core, "model_executor", None), "driver_worker", None)
-        return getattr(getattr(driver, "worker", None), "model_runner", None)
-
     def _count_nodes(self) -> None:
         """Count the draft nodes that the scheduler hands to the runner. Costs about a microsecond per step."""
-        if self._runner is None:
+        if self.runner is None:
             return
-        execute = self._runner.execute_model
+        execute = self.runner.execute_model
 
         @functools.wraps(execute)
         def counted(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             self.nodes += sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
             return execute(scheduler_output, *args, **kwargs)
 
-        self._runner.execute_model = counted
+        self.runner.execute_model = counted
 
     def _params(self, max_tokens: int, temperature: float, seed: int | None, ignore_eos: bool) -> Any:
         from vllm import SamplingParams
@@ -213,5 +213,6 @@ class Engine:
             seed=seed,
             max_tokens=max_tokens,
             ignore_eos=ignore_eos,
+            detokenize=not self.llm.llm_engine.vllm_config.model_config.skip_tokenizer_init,
             output_kind=RequestOutputKind.DELTA,
         )

@@ -133,12 +133,16 @@ def measure(
 
 def table(measured: StepTimes, context: int) -> Table:
     """Rows by batch size and nodes; ratios round by round."""
+    chains = any(t.engine == STOCK_CHAIN for t in measured.times)
     result = Table(
         f"time per step, in ms, by nodes per request; context {context}",
         ["batch", "nodes", "stock", "ours, chain", "ratio", "ours, tree", "ratio"],
         notes=[
             "prefill and 0 nodes: stock without speculation against our engine with nothing drafted; else stock "
-            "verifies a chain of as many tokens (custom_class). Medians (min - max) of the rounds",
+            "verifies a chain of as many tokens (custom_class)"
+            if chains
+            else "stock: without speculation, also where ours verifies nodes",
+            "medians (min - max) of the rounds",
         ],
         words=2,
     )
@@ -153,7 +157,7 @@ def table(measured: StepTimes, context: int) -> Table:
     for batch in sorted({t.batch for t in measured.times}):
         sizes = sorted({t.nodes for t in measured.times if t.batch == batch})
         for label, kind, nodes in [("prefill", "prefill", 0), *((str(n), "chain", n) for n in sizes)]:
-            stock = of(batch, STOCK_CHAIN if nodes else BASELINE, kind, nodes)
+            stock = of(batch, STOCK_CHAIN, kind, nodes) if nodes and chains else of(batch, BASELINE, kind, 0)
             cells = ["" if kind == "chain" else str(batch), label, spread(stock, ".2f")]
             for ours in (of(batch, OURS, kind, nodes), of(batch, OURS, "tree", nodes)):
                 against = [a / b for a, b in zip(ours, stock, strict=False)]
