@@ -41,10 +41,10 @@ limited() {
     tar -C "$out" -czf "$out/all.tar.gz" --exclude=all.tar.gz --exclude=site .
 }
 
-# step_cost NAME SHAPE CONTEXT ENGINE_SETTINGS
+# step_cost NAME SHAPE CONTEXT BATCHES [ENGINE_SETTINGS]
 step_cost() {
     "$python" benchmarks/gpu.py shape "$2" "$out/$2"
-    local options=(--nodes 0,8,16,32,64,128 --batch 1,4,16 --steps 16 --rounds 3)
+    local options=(--nodes 0,8,16,32,64,128 --batch "$4" --steps 16 --rounds 3)
     local engine='"load_format": "dummy", "skip_tokenizer_init": true, "max_num_seqs": 16'
     if [ -n "$cpu" ]; then
         options=(--nodes 0,4 --batch 1,2 --steps 4 --rounds 1 --dtype float32 --eager)
@@ -53,7 +53,7 @@ step_cost() {
         engine+=', "gpu_memory_utilization": 0.42, "max_model_len": 12288'
     fi
     limited "$1" 240 "$python" -m vllm_lookahead.cli bench step-cost --model "$out/$2" --context "$3" --profile \
-        --no-stock-chain "${options[@]}" --engine "{$engine${4:+, $4}}" --logs "$out/$1" --out "$out/$1.json"
+        --no-stock-chain "${options[@]}" --engine "{$engine${5:+, $5}}" --logs "$out/$1" --out "$out/$1.json"
 }
 
 big=8b small=1b context=1024
@@ -66,10 +66,10 @@ for part in $parts; do
             limited "about-$method" 60 "$python" benchmarks/gpu.py about $cpu "$method" "$out/tiny"
         done
         ;;
-    8b) step_cost 8b $big $context "" ;;
-    1b) step_cost 1b "$small" $context "" ;;
-    long) step_cost long $big $((8 * context)) "" ;;
-    sync) step_cost sync $big $context '"async_scheduling": false' ;;
+    8b) step_cost 8b $big $context 1,4,16 ;;
+    1b) step_cost 1b $small $context 1,4,16 ;;
+    long) step_cost long $big $((8 * context)) 1,4 ;; # 16 don't fit
+    sync) step_cost sync $big $context 1,4,16 '"async_scheduling": false' ;;
     exactness)
         for method in stock prompt_lookup lookahead; do
             limited "outputs-$method" 90 "$python" benchmarks/gpu.py outputs $cpu "$method" "$out/outputs-$method.json"
