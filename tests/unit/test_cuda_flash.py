@@ -16,11 +16,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import flash_on_cpu
-from gpu_checks import Batch, dense, pack, random_batch, random_qkv, random_tree, tree_mask
+from kernel_checks import Batch, dense, pack, random_batch, random_qkv, random_tree, tree_mask
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import fa_utils, flash_attn
 

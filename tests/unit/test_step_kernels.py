@@ -36,9 +36,9 @@ def test_kernels_under_the_interpreter() -> None:
 
 @pytest.fixture
 def checks() -> Any:
-    import gpu_checks
+    import kernel_checks
 
-    return gpu_checks
+    return kernel_checks
 
 
 # ---- the walk
@@ -48,7 +48,7 @@ def checks() -> Any:
 @settings(max_examples=60)
 @given(seeds, st.booleans(), st.integers(1, 6), st.integers(2, 70), st.integers(0, 40))
 def test_a_walk_is_the_hosts(seed: int, refuses: bool, rows: int, nodes: int, wider: int) -> None:
-    from gpu_checks import check_walk
+    from kernel_checks import check_walk
 
     check_walk(seed, DEVICE, refuses=refuses, rows=rows, nodes=nodes, wider=wider)
 
@@ -109,7 +109,7 @@ def test_these_checks_see_a_wrong_walk(checks: Any, monkeypatch: pytest.MonkeyPa
 @settings(max_examples=40)
 @given(seeds, st.integers(1, 4), st.integers(2, 100))
 def test_placed_as_on_the_host(seed: int, rows: int, nodes: int) -> None:
-    from gpu_checks import check_place
+    from kernel_checks import check_place
 
     check_place(seed, DEVICE, rows, nodes)
 
@@ -167,7 +167,7 @@ def test_a_place_without_a_token_gets_token_0() -> None:
 @settings(max_examples=25)
 @given(seeds, st.sampled_from(["float32", "float16", "bfloat16", "uint8"]), st.booleans(), st.integers(1, 5))
 def test_a_commit_moves_what_the_host_would(seed: int, dtype: str, slots_first: bool, rows: int) -> None:
-    from gpu_checks import check_commit
+    from kernel_checks import check_commit
 
     check_commit(seed, DEVICE, getattr(torch, dtype), slots_first=slots_first, rows=rows)
 
@@ -219,7 +219,7 @@ def test_a_cache_that_cannot_be_moved() -> None:
 
 def test_every_step_lies_at_the_same_addresses() -> None:
     """A captured graph reads them again, and Triton compiles for how they are aligned."""
-    from gpu_checks import random_batch
+    from kernel_checks import random_batch
 
     rng = np.random.default_rng(0)
     packer = TreePacker(torch.device("cpu"), 500, 7, 60)
@@ -248,7 +248,7 @@ def test_every_step_lies_at_the_same_addresses() -> None:
 
 
 def test_neighbours_are_a_span() -> None:
-    from gpu_checks import pack, random_batch
+    from kernel_checks import pack, random_batch
 
     for seed in range(8):
         for mixed in (True, False):
@@ -277,7 +277,7 @@ def test_a_step_larger_than_the_packer(limits: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize("width", [9, 65, 125, 1025])
 def test_walk_and_place_compile(capability: int, width: int) -> None:
-    from gpu_compile import compile_place_kernel, compile_walk_kernel
+    from kernel_compile import compile_place_kernel, compile_walk_kernel
 
     for refuses in (False, True):
         asm = compiled(compile_walk_kernel, capability, width, refuses=refuses)
@@ -288,7 +288,7 @@ def test_walk_and_place_compile(capability: int, width: int) -> None:
 @compiles
 @pytest.mark.parametrize("capability", [80, 90, 120])
 def test_commit_compiles(capability: int) -> None:
-    from gpu_compile import compile_commit_kernel
+    from kernel_compile import compile_commit_kernel
 
     ptx = compiled(compile_commit_kernel, capability)["ptx"]
     barrier, entries = ptx.index("bar.sync"), "global.b64"
@@ -298,7 +298,7 @@ def test_commit_compiles(capability: int) -> None:
 @compiles
 def test_nothing_compiles_while_requests_wait() -> None:
     """After a warm-up with one small tree, steps of any size and at any address find their kernels compiled."""
-    from gpu_checks import random_batch, random_qkv, random_samples
+    from kernel_checks import random_batch, random_qkv, random_samples
 
     from vllm_lookahead.attention.triton_tree import Prefix, tree_attention
     from vllm_lookahead.v2.kernels.commit import KVCommit

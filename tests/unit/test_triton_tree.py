@@ -19,7 +19,7 @@ def test_kernels_under_the_interpreter() -> None:
 @runs_kernels
 @pytest.mark.parametrize(("dtype", "head_size"), SIZES)
 def test_tree_alone(dtype: str, head_size: int) -> None:
-    from gpu_checks import check_tree
+    from kernel_checks import check_tree
 
     check_tree(head_size, DEVICE, getattr(torch, dtype), 4, 2, head_size)
 
@@ -27,7 +27,7 @@ def test_tree_alone(dtype: str, head_size: int) -> None:
 @runs_kernels
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2), (7, 1), (12, 2)])
 def test_groups_of_heads(heads: int, kv_heads: int) -> None:
-    from gpu_checks import check_tree
+    from kernel_checks import check_tree
 
     check_tree(heads, DEVICE, torch.float32, heads, kv_heads, 64, rows=5)
 
@@ -35,7 +35,7 @@ def test_groups_of_heads(heads: int, kv_heads: int) -> None:
 @runs_kernels
 @pytest.mark.parametrize("nodes", [2, 31, 32, 33, 100, 256])
 def test_sizes_of_trees(nodes: int) -> None:
-    from gpu_checks import check_tree
+    from kernel_checks import check_tree
 
     check_tree(nodes, DEVICE, torch.float32, 2, 1, 64, rows=1, nodes=nodes)
 
@@ -43,7 +43,7 @@ def test_sizes_of_trees(nodes: int) -> None:
 @runs_kernels
 @pytest.mark.parametrize(("dtype", "head_size"), SIZES)
 def test_merged_with_a_prefix(dtype: str, head_size: int) -> None:
-    from gpu_checks import check_merge
+    from kernel_checks import check_merge
 
     check_merge(head_size + len(dtype), DEVICE, getattr(torch, dtype), 4, 2, head_size)
 
@@ -55,7 +55,7 @@ COMPILED = [(*size, capability) for size in SIZES if size[0] != "float32" for ca
 @pytest.mark.parametrize(("dtype", "head_size", "capability"), [*COMPILED, ("bfloat16", 128, 120)])
 def test_tree_kernel_compiles(dtype: str, head_size: int, capability: int) -> None:
     """Not for float32, which FlashAttention doesn't have either."""
-    from gpu_compile import compile_tree_kernel
+    from kernel_compile import compile_tree_kernel
 
     asm = compiled(compile_tree_kernel, capability, dtype, head_size)
     assert "mma" in asm["ptx"], "no tensor cores"

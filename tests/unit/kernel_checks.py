@@ -1,7 +1,6 @@
 """What the CUDA kernels have to compute: random ragged batches of trees, and checks next to the versions on the host.
 
-Attention's is in float64. The unit tests run these checks under TRITON_INTERPRET=1 on the CPU, ``gpu_kernels.py`` on
-the GPU itself. No vLLM here.
+Attention's is in float64. They run under TRITON_INTERPRET=1 on a CPU, and as they are on a GPU. No vLLM here.
 """
 
 from __future__ import annotations
