@@ -217,9 +217,18 @@ def processor_config(settings: Settings, cluster: Cluster, blocks: int) -> vLLME
         # one row that the model can't take must not end the job
         should_continue_on_error=True,
         placement_group_config={"bundle_per_worker": cluster.resources},
-        # else every engine of a machine binds itself to the same cores
-        runtime_env={"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}} if cluster.cpu else None,
+        runtime_env={"env_vars": environment(cluster)},
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
     )
+
+
+def environment(cluster: Cluster) -> dict[str, str]:
+    """What engines need in theirs."""
+    # an engine of several workers starts them from a process that has to find the cluster by itself
+    variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    if cluster.cpu:
+        # else all engines of a machine bind themselves to the same cores
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return variables
