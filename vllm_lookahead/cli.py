@@ -129,13 +129,16 @@ def batch(
     from vllm_lookahead.config import ConfigError
 
     name = method.strip("[]")
-    given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, **_object(sampling, "--sampling")}
+    own = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    further = _object(sampling, "--sampling")
+    if twice := sorted(own.keys() & further.keys()):
+        raise typer.BadParameter(f"{twice[0]} has an option of its own", param_hint="--sampling")
     plan = Plan(replicas, None if resources is None else _object(resources, "--resources"), block_rows, address)
     try:
         settings = Settings.read(
             model=model,
             speculative_config=None if name == "none" else {**_object(options, "--options"), "method": name},
-            sampling=given,
+            sampling={**own, **further},
             engine=_object(engine, "--engine"),
         )
         results = run_batch(Console(stderr=True), source, target, settings, plan)

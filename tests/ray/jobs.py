@@ -25,7 +25,10 @@ ENGINE = {
 
 SAMPLING = {"temperature": 0.8, "seed": 7, "max_tokens": 64}
 
-ARGUMENTS = ("--method", "lookahead", "--engine", json.dumps(ENGINE), "--sampling", json.dumps(SAMPLING))
+ARGUMENTS = (
+    *("--method", "lookahead", "--engine", json.dumps(ENGINE)),
+    *(f"--{name.replace('_', '-')}={value}" for name, value in SAMPLING.items()),
+)
 """Of every job."""
 
 ROWS: list[dict[str, Any]] = [

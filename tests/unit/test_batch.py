@@ -43,6 +43,7 @@ def test_rows_come_with_everything_they_hold(tmp_path: Path) -> None:
     copied = (tmp_path / "copy.jsonl").read_bytes()
     assert [json.loads(copied[start:end]) for start, end in taken.blocks(1)] == rows
     assert taken.keys == [row_key(row) for row in rows]
+    assert take_input(taken.path, taken.path) == taken, "a copy can be taken of the copy"
 
 
 def test_ids_are_made_from_line_numbers(tmp_path: Path) -> None:
@@ -300,6 +301,7 @@ def source(tmp_path: Path) -> Path:
         (["--sampling", '{"top_q": 1}'], "--sampling: Unexpected keyword argument 'top_q'"),
         (["--sampling", '{"top_p": 2}'], "--sampling: top_p must be in (0, 1]"),
         (["--sampling", '{"n": 2}'], "--sampling: a row has one result"),
+        (["--sampling", '{"seed": 2}'], "seed has an option of its own"),
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
         (["--replicas", "0"], "--replicas"),
     ],

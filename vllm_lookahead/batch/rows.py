@@ -74,12 +74,14 @@ def take_input(source: Path, target: Path) -> Input:
     """
     keys: list[str] = []
     offsets = [0]
-    with target.open("wb") as copy:
+    unfinished = target.with_suffix(".unfinished")
+    with unfinished.open("wb") as copy:
         for row in read_rows(source):
             line = to_line(row)
             copy.write(line)
             keys.append(row_key(row))
             offsets.append(offsets[-1] + len(line))
+    unfinished.replace(target)
     return Input(target, keys, offsets)
 
 

@@ -120,7 +120,10 @@ def work(console: Console, settings: Settings, rows: Input, folder: Folder, plan
         with console.status("connecting to Ray"):
             pipeline.connect(plan.address)
     except Exception as error:  # Ray has many ways to say it
-        raise BatchError(f"can't connect to Ray: {reason(error)}") from error
+        raise BatchError(
+            f"can't connect to Ray: {reason(error)} ({folder.log} says more)\n"
+            "RAY_ADDRESS or --address says where the cluster is; one with a token wants RAY_AUTH_MODE=token"
+        ) from error
     try:
         resources = plan.resources or pipeline.usual_resources()
         per_engine = settings.engine.get("tensor_parallel_size", 1) * settings.engine.get("pipeline_parallel_size", 1)
