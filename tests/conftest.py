@@ -43,5 +43,5 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     together = str(params["method"]) if folder == "engine" and "method" in params else item.path.name
     if item.path.name == "test_runner_v2.py":
         together = item.name  # a process each
-    group = folder if folder in ("http", "distributed") else f"{folder} {together}"
+    group = folder if folder in ("http", "distributed", "ray") else f"{folder} {together}"
     item.add_marker(pytest.mark.xdist_group(group))
