@@ -67,6 +67,7 @@ CONFIG: tuple[Part, ...] = (
 STEP: tuple[Part, ...] = (
     Attributes("vllm.v1.worker.worker_base:WorkerBase", ("device", "model_config", "model_runner", "vllm_config")),
     Attributes("vllm.sampling_params:SamplingParams", ("max_tokens", "structured_outputs")),
+    Attributes("vllm.sampling_params:StructuredOutputsParams"),
     Attributes(
         "vllm.v1.core.sched.output:SchedulerOutput",
         (
