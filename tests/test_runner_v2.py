@@ -17,7 +17,7 @@ FILES = sorted(path.name for path in (TESTS / "v2").glob("test_*.py"))
 @pytest.mark.parametrize("file", FILES)
 def test_runner_v2(file: str) -> None:
     """``PYTHONPATH=tests/interpreter TRITON_INTERPRET=1 pytest tests/v2/FILE`` is the same by hand."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(TESTS / "v2" / file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(TESTS / "v2" / file)]
     path = os.pathsep.join([str(TESTS / "interpreter"), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
     for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:

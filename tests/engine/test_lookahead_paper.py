@@ -121,8 +121,10 @@ def traces_of(model: str, settings: Settings, prompts: list[Tokens]) -> list[Tra
     with engine(model, speculative_config(settings)) as llm:
         traces = watch(llm, prompts)
         # they keep the KV cache alive: 1 GiB for every engine
-        runner_of(llm)._commit.caches.clear()
-        for impl in runner_of(llm)._impls:
+        trees = runner_of(llm)._trees
+        trees._commit.caches.clear()
+        trees._kv_caches.clear()
+        for impl in trees._impls:
             vars(impl).pop("_cache", None)
             vars(impl).pop("_cells", None)
     return traces
