@@ -26,7 +26,7 @@ test: $(STAMP) ## all tests (ARGS="tests/unit" for some)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 $(ARGS)
 
 test-ray: $(STAMP) ## the tests that start Ray clusters on this machine, one after the other
-	@$(BIN)/python -m pytest -m ray --durations 15 tests/ray
+	@$(BIN)/python -m pytest -m ray --durations 15 tests/ray $(ARGS)
 
 lint: $(STAMP) ## style and types
 	@$(BIN)/ruff check $(SOURCES)

@@ -104,8 +104,8 @@ def batch(
     resources: Annotated[
         str | None,
         typer.Option(
-            help='What Ray reserves for each worker of an engine, as JSON. Default: {"GPU": 1}, or {"CPU": 1} in a '
-            "cluster without GPUs.",
+            help='What Ray reserves for each worker of an engine, as JSON. Default: {"CPU": 1, "GPU": 1}, or '
+            '{"CPU": 1} in a cluster without GPUs.',
             metavar="JSON",
         ),
     ] = None,

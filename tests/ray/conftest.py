@@ -14,15 +14,6 @@ from cluster import Cluster, running
 from jobs import ENGINE, ROWS, SAMPLING, write_lines
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes minutes, unless the marks to run are named: ``make test ARGS="-m ray"``."""
-    if config.option.markexpr:
-        return
-    for item in items:
-        if item.path.parent == Path(__file__).parent and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m ray"))
-
-
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A cluster of one node."""

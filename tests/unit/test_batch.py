@@ -49,7 +49,7 @@ def test_rows_come_with_everything_they_hold(tmp_path: Path) -> None:
 def test_ids_are_made_from_line_numbers(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "a"}, b"\n", {"prompt": "a"}])
     rows = list(read_rows(source))
-    assert [row["id"] for row in rows] == [1, 3]
+    assert rows == [{"id": 1, "prompt": "a"}, {"id": 3, "prompt": "a"}]
     assert len({row_key(row) for row in rows}) == 2, "the same prompt twice gives two results"
 
 
@@ -107,6 +107,7 @@ def test_a_result_has_the_key_of_its_row(row: dict[str, Any], result: Any) -> No
         return  # read_rows refuses such rows
     assert line.count(b"\n") == 1
     assert row_key(json.loads(line)) == row_key(row)
+    assert row_key(dict(reversed(row.items()))) == row_key(row)
     assert row_key({**row, "prompt": "another"}) != row_key({**row, "prompt": "one"})
 
 

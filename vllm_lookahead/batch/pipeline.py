@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.data import DataContext
+from ray.data import DataContext, TaskPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -16,8 +16,8 @@ from vllm_lookahead.batch.folder import Folder
 from vllm_lookahead.batch.rows import Input
 from vllm_lookahead.batch.settings import Settings
 
-MAX_NUM_SEQS = 256
-"""vLLM's usual default."""
+MAX_NUM_SEQS = 1024
+"""vLLM's largest default. Rows beyond an engine's own limit wait inside it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def disconnect() -> None:
 
 def usual_resources() -> dict[str, float]:
     """What an engine's worker gets where nothing else is asked for."""
-    return {"GPU" if ray.cluster_resources().get("GPU") else "CPU": 1.0}
+    return {"GPU": 1.0} if ray.cluster_resources().get("GPU") else {}
 
 
 def room(resources: dict[str, float]) -> int:
@@ -77,19 +77,18 @@ def run(settings: Settings, rows: Input, folder: Folder, cluster: Cluster) -> No
         id_column=KEY, checkpoint_path=str(folder.checkpoint), delete_checkpoint_on_success=False
     )
     blocks = rows.blocks(cluster.block_rows)
-    # reading, preparing and writing need no place of their own, so that the engines may take all that there is
-    aside: dict[str, Any] = {"num_cpus": 0, "concurrency": max(2, cluster.replicas)}
+    # Reading, preparing and writing need no place of their own, so that the engines may take all that there is. What
+    # comes before the engines isn't slowed down by them: it may not be many at a time.
+    before: dict[str, Any] = {"num_cpus": 0, "compute": TaskPoolStrategy(max(2, cluster.replicas))}
+    after = {"num_cpus": 0}
     processor = build_processor(
         processor_config(settings, cluster, len(blocks)),
         preprocess=Preparation(settings),
-        preprocess_map_kwargs=dict(aside),
-        postprocess_map_kwargs=dict(aside),
+        preprocess_map_kwargs=before,
+        postprocess_map_kwargs=after,
     )
-    dataset = ray.data.read_datasource(RowsDatasource(str(rows.path), blocks), **aside)
-    results = processor(dataset).map(to_result, **aside)
-    results.write_datasink(
-        LinesDatasink(str(folder.parts)), ray_remote_args={"num_cpus": 0}, concurrency=aside["concurrency"]
-    )
+    dataset = ray.data.read_datasource(RowsDatasource(str(rows.path), blocks), **before)
+    processor(dataset).map(to_result, **after).write_datasink(LinesDatasink(str(folder.parts)), ray_remote_args=after)
 
 
 def processor_config(settings: Settings, cluster: Cluster, blocks: int) -> vLLMEngineProcessorConfig:

@@ -57,12 +57,12 @@ def row_key(row: Mapping[str, Any]) -> str:
     Not the id alone: a row that was corrected is another row, and runs again.
     """
     own = {name: value for name, value in row.items() if name not in RESULT_FIELDS}
-    return hashlib.sha256(to_line(own)).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(own, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def to_line(row: Mapping[str, Any]) -> bytes:
-    """A row as a line of JSON, always the same for the same row."""
-    return json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+    """A row as a line of JSON."""
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def take_input(source: Path, target: Path) -> Input:
@@ -102,7 +102,8 @@ def read_rows(source: Path) -> Iterator[Row]:
                 given = "id" in row
             if given != ("id" in row):
                 raise InputError("all rows have an id, or none" if given else "has an id, but rows before it have none")
-            name = _id(row, number)
+            row = {"id": number, **row}
+            name = _id(row)
             if name in seen:
                 raise InputError(f"the id {row['id']!r} is that of line {seen[name]}")
         except InputError as error:
@@ -149,9 +150,9 @@ def _is_chat(messages: Any) -> bool:
     return all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages)
 
 
-def _id(row: Row, number: int) -> str:
-    """The row's id as a text; a row without one gets the number of its line."""
-    name = row.setdefault("id", number)
+def _id(row: Row) -> str:
+    """The row's id as a text."""
+    name = row["id"]
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise InputError(f'"id" must be a text or an integer, not {json.dumps(name)[:80]}')
     return str(name)

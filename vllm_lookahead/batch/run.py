@@ -36,7 +36,8 @@ class Plan:
 
     Attributes:
         replicas: engines.
-        resources: of each engine's worker, as Ray counts them; None: one GPU where the cluster has any, else one CPU.
+        resources: of each engine's worker, as Ray counts them; None: a GPU where the cluster has any. A CPU comes on top
+            if nothing is said of CPUs.
         block_rows: rows that are written, and remembered as done, together; None: see ``usual_block``.
         address: the cluster's; None: what ``ray.init`` finds, or a cluster on this machine for this job alone.
     """
@@ -72,6 +73,7 @@ def run_batch(console: Console, source: Path, target: Path, settings: Settings, 
         if results.missing:
             with printed_to(folder.log) as terminal:
                 work(terminal, settings, rows, folder, plan, results)
+            results.refresh()
         results.assemble()
     return results
 
@@ -125,7 +127,8 @@ def work(console: Console, settings: Settings, rows: Input, folder: Folder, plan
             "RAY_ADDRESS or --address says where the cluster is; one with a token wants RAY_AUTH_MODE=token"
         ) from error
     try:
-        resources = plan.resources or pipeline.usual_resources()
+        # the actor of an engine of several workers needs a CPU beside their GPUs
+        resources = {"CPU": 1.0, **(plan.resources or pipeline.usual_resources())}
         per_engine = settings.engine.get("tensor_parallel_size", 1) * settings.engine.get("pipeline_parallel_size", 1)
         room = pipeline.room({name: amount * per_engine for name, amount in resources.items()})
         if room < replicas:
