@@ -36,8 +36,8 @@ class Plan:
 
     Attributes:
         replicas: engines.
-        resources: of each engine's worker, as Ray counts them; None: a GPU where the cluster has any. A CPU comes on top
-            if nothing is said of CPUs.
+        resources: of each engine's worker, as Ray counts them; None: a GPU where the cluster has any. A CPU is added if
+            nothing is said of CPUs.
         block_rows: rows that are written, and remembered as done, together; None: see ``usual_block``.
         address: the cluster's; None: what ``ray.init`` finds, or a cluster on this machine for this job alone.
     """
