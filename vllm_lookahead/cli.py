@@ -133,16 +133,19 @@ def batch(
     further = _object(sampling, "--sampling")
     if twice := sorted(own.keys() & further.keys()):
         raise typer.BadParameter(f"{twice[0]} has an option of its own", param_hint="--sampling")
+    stated = _object(options, "--options")
+    if name == "none" and stated:
+        raise typer.BadParameter("the method none has none", param_hint="--options")
     plan = Plan(replicas, None if resources is None else _object(resources, "--resources"), block_rows, address)
     try:
         settings = Settings.read(
             model=model,
-            speculative_config=None if name == "none" else {**_object(options, "--options"), "method": name},
+            speculative_config=None if name == "none" else {**stated, "method": name},
             sampling={**own, **further},
             engine=_object(engine, "--engine"),
         )
         results = run_batch(Console(stderr=True), source, target, settings, plan)
-    except (InputError, FolderError, ConfigError, BatchError) as error:
+    except (InputError, FolderError, ConfigError, BatchError, OSError) as error:  # a full disk, say
         raise _refused(error) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on from there", err=True)

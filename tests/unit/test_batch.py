@@ -69,6 +69,8 @@ def test_blocks(tmp_path: Path, rows: int) -> None:
         ([{"prompt": "a"}, b'{"prompt": \n'], "line 2: not JSON: Expecting value (column 13)"),
         ([b'{"prompt": "\xff"}\n'], "line 1: not UTF-8: invalid start byte"),
         ([b'{"prompt": "\\ud800"}\n'], "line 1: not UTF-8: surrogates not allowed"),
+        ([b'{"prompt": "a", "n": ' + b"1" * 5000 + b"}\n"], "line 1: not JSON that can be read: "),
+        ([b"[" * 100_000 + b"\n"], "line 1: not JSON that can be read: "),
         ([b"\n", [1]], "line 2: a row must be an object"),
         ([{"text": "a"}], 'line 1: a row needs "prompt" or "messages", and not both'),
         ([{"prompt": "a", "messages": []}], 'line 1: a row needs "prompt" or "messages", and not both'),
@@ -255,12 +257,22 @@ def test_a_part_counts_when_ray_has_committed_it(folder: Folder) -> None:
     assert account(folder, ROWS).missing == 10
 
 
+def test_rows_of_a_part_that_is_gone_run_again(folder: Folder) -> None:
+    part(folder, "a", [done(ROWS[0])])
+    part(folder, "b", [done(ROWS[1])])
+    (folder.parts / "a.jsonl").unlink()
+    results = account(folder, ROWS[:2])
+    assert (results.done, results.missing) == (1, 1)
+    results.retry()
+    assert [path.name for path in folder.checkpoint.iterdir()] == ["b.parquet"], "Ray would leave the row out"
+
+
 def test_a_row_that_failed_may_be_done_later(folder: Folder) -> None:
     part(folder, "a", [failed(ROWS[0]), failed(ROWS[1])])
     results = account(folder, ROWS[:2])
     results.assemble()
     assert len(lines(folder.errors)) == 2
-    results.retry_failed()
+    results.retry()
     assert (results.done, results.failed, results.missing) == (0, 0, 2)
     part(folder, "b", [done(ROWS[1]), done(ROWS[0])])
     results.refresh()
@@ -303,6 +315,10 @@ def source(tmp_path: Path) -> Path:
         (["--sampling", '{"top_p": 2}'], "--sampling: top_p must be in (0, 1]"),
         (["--sampling", '{"n": 2}'], "--sampling: a row has one result"),
         (["--sampling", '{"seed": 2}'], "seed has an option of its own"),
+        (["--engine", '{"model": "other"}'], "--engine: model has an option of its own"),
+        (["--resources", '{"CPU": 0}'], "--resources: CPU = 0: must be a number above 0"),
+        (["--resources", '{"GPU": "1"}'], '--resources: GPU = "1": must be a number above 0'),
+        (["--method", "none", "--options", '{"window_size": 3}'], "the method none has none"),
         (["--model", "./nowhere"], "--model ./nowhere: there is no such folder"),
         (["--replicas", "0"], "--replicas"),
     ],
@@ -320,7 +336,8 @@ def test_mistakes_in_files(source: Path, tmp_path: Path, model: str) -> None:
     bad = write(tmp_path / "bad.jsonl", [*ROWS, b"no json\n"])
     for read, target, message in [
         (tmp_path / "nowhere.jsonl", tmp_path / "out", "nowhere.jsonl does not exist"),
-        (tmp_path, tmp_path / "out", "can't be read: Is a directory"),
+        (tmp_path, tmp_path / "out", f"{tmp_path} is not a file"),
+        (Path("/dev/stdin"), tmp_path / "out", "/dev/stdin is not a file"),
         (bad, tmp_path / "out", f"bad.jsonl, line {len(ROWS) + 1}: not JSON"),
         (write(tmp_path / "empty.jsonl", []), tmp_path / "out", "empty.jsonl holds no rows"),
         (source, source, "can't write to the folder"),

@@ -63,7 +63,7 @@ class Folder:
             try:
                 # released by the kernel, however this process ends
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise FolderError(f"another process is running the job in {self.root}") from None
             self._claim(fingerprint)
             yield

@@ -60,7 +60,7 @@ def usual_resources() -> dict[str, float]:
 def room(resources: dict[str, float]) -> int:
     """How many engines with these resources the cluster has room for, as it is now."""
     there = ray.cluster_resources()
-    return int(min(there.get(name, 0.0) // amount for name, amount in resources.items() if amount))
+    return int(min(there.get(name, 0.0) // amount for name, amount in resources.items()))
 
 
 def run(settings: Settings, rows: Input, folder: Folder, cluster: Cluster) -> None:

@@ -31,18 +31,16 @@ class Results:
         self._folder = folder
         self._keys = keys
         self._wanted = frozenset(keys)
-        self._read: set[str] = set()
+        self._read: set[Path] = set()
         self._places: dict[str, Place] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Read the parts that have come since."""
-        for checkpoint in self._folder.checkpoint.glob("*.parquet"):
-            name = checkpoint.name.removesuffix(".parquet")
-            if name.endswith(".pending") or name in self._read:
+        for _, part in self._committed():
+            if part in self._read or not part.exists():
                 continue
-            self._read.add(name)
-            part = self._folder.parts / f"{name}.jsonl"
+            self._read.add(part)
             offset = 0
             with part.open("rb") as file:
                 for line in file:
@@ -50,14 +48,24 @@ class Results:
                     self._note(row_key(row), Place(part, offset, "error" in row))
                     offset += len(line)
 
+    def _committed(self) -> Iterator[tuple[Path, Path]]:
+        """Ray's checkpoints, each with its part."""
+        for checkpoint in self._folder.checkpoint.glob("*.parquet"):
+            name = checkpoint.name.removesuffix(".parquet")
+            if not name.endswith(".pending"):
+                yield checkpoint, self._folder.parts / f"{name}.jsonl"
+
     def _note(self, key: str, place: Place) -> None:
         known = self._places.get(key)
         # a row that failed once may have been done since, and a part of that run may be read first
         if key in self._wanted and (known is None or known.failed):
             self._places[key] = place
 
-    def retry_failed(self) -> None:
-        """Forget what failed: it will run again."""
+    def retry(self) -> None:
+        """Forget what failed, and let Ray forget rows whose part is gone: they will run again."""
+        for checkpoint, part in self._committed():
+            if not part.exists():
+                checkpoint.unlink()
         self._places = {key: place for key, place in self._places.items() if not place.failed}
 
     @property

@@ -115,11 +115,13 @@ def read_rows(source: Path) -> Iterator[Row]:
 
 
 def _lines(source: Path) -> Iterator[bytes]:
+    if not source.exists():
+        raise InputError(f"{source} does not exist")
+    if not source.is_file():  # it is read more than once: a pipe won't do
+        raise InputError(f"{source} is not a file")
     try:
         with source.open("rb") as file:
             yield from file
-    except FileNotFoundError:
-        raise InputError(f"{source} does not exist") from None
     except OSError as error:
         raise InputError(f"{source} can't be read: {error.strerror}") from None
 
@@ -132,6 +134,8 @@ def _checked(line: bytes) -> Row:
         raise InputError(f"not JSON: {error.msg} (column {error.pos + 1})") from None
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise InputError(f"not UTF-8: {error.reason}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in thousands of brackets
+        raise InputError(f"not JSON that can be read: {error}") from None
     if not isinstance(row, dict):
         raise InputError('a row must be an object: {"prompt": ...} or {"messages": [...]}')
     row = {name: value for name, value in row.items() if name not in RESULT_FIELDS}

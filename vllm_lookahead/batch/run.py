@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import math
 import os
 import sys
@@ -60,7 +61,7 @@ def run_batch(console: Console, source: Path, target: Path, settings: Settings, 
         ConfigError: nobody has the method, or one of ours can't have these options.
         BatchError: other settings are wrong, there is no Ray, or the job broke off.
     """
-    check(settings)
+    check(settings, plan)
     for _ in read_rows(source):
         pass
     folder = Folder(target)
@@ -69,7 +70,7 @@ def run_batch(console: Console, source: Path, target: Path, settings: Settings, 
         results = Results(folder, rows.keys)
         if results.done:
             console.print(f"{results.done} of {len(rows.keys)} rows are done already")
-        results.retry_failed()
+        results.retry()
         if results.missing:
             with printed_to(folder.log) as terminal:
                 work(terminal, settings, rows, folder, plan, results)
@@ -78,7 +79,7 @@ def run_batch(console: Console, source: Path, target: Path, settings: Settings, 
     return results
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, plan: Plan) -> None:
     """Find mistakes that would otherwise show when an engine starts, minutes later and once per machine.
 
     Raises:
@@ -96,6 +97,11 @@ def check(settings: Settings) -> None:
     unknown = settings.engine.keys() - inspect.signature(AsyncEngineArgs).parameters.keys()
     if unknown:
         raise BatchError(f"--engine: vLLM's engine has no argument {', '.join(sorted(unknown))}")
+    for name in settings.engine.keys() & {"model", "speculative_config"}:
+        raise BatchError(f"--engine: {name} has an option of its own")
+    for name, amount in (plan.resources or {}).items():
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount > 0:
+            raise BatchError(f"--resources: {name} = {json.dumps(amount)}: must be a number above 0")
     if settings.sampling.get("n", 1) != 1:
         raise BatchError("--sampling: a row has one result; for n of them put the row into the input n times")
     given = dict(settings.sampling)
