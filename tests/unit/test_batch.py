@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from vllm_lookahead.batch.blocks import ERROR, KEY, LINE, ROW, to_result
 from vllm_lookahead.batch.folder import Folder, FolderError
 from vllm_lookahead.batch.results import Results
 from vllm_lookahead.batch.rows import RESULT_FIELDS, InputError, read_rows, row_key, take_input, to_line
@@ -293,6 +295,17 @@ def test_what_left_the_input_does_not_count(folder: Folder) -> None:
     results.refresh()
     results.assemble()
     assert lines(folder.results) == [done(corrected), done(ROWS[1])]
+
+
+def test_logprobs_are_json() -> None:
+    likely = {"logprob": -0.5, "rank": 1, "decoded_token": "a"}
+    impossible = {"logprob": -math.inf, "rank": 2, "decoded_token": None}
+    result = {"generated_text": "a", "generated_tokens": [5], "num_input_tokens": 1, "num_generated_tokens": 1}
+    row = {KEY: "key", ROW: json.dumps(ROWS[0]), ERROR: "", **result}
+    written = to_result({**row, "logprobs": [{5: likely, 6: impossible}], "prompt_logprobs": [None]})
+    told = {**impossible, "logprob": -9999.0}
+    expected = {**ROWS[0], **result, "logprobs": [{"5": likely, "6": told}], "prompt_logprobs": [None]}
+    assert json.loads(written[LINE], parse_constant=pytest.fail) == expected
 
 
 # ---- the command

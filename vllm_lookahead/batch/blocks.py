@@ -102,6 +102,11 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
+def finite(entry: dict[str, Any]) -> dict[str, Any]:
+    """A token's logprob, with vLLM's server's -9999 for the -inf that JSON lacks."""
+    return {**entry, "logprob": max(entry["logprob"], -9999.0)}
+
+
 def to_result(row: dict[str, Any]) -> dict[str, str]:
     """What is written of a row: all that was given, and the result or the error."""
     given = json.loads(row[ROW])
@@ -117,6 +122,6 @@ def to_result(row: dict[str, Any]) -> dict[str, str]:
         if row.get(name) is not None:
             # per token: None or the likeliest tokens' ids, each with its logprob, rank and text
             result[name] = [
-                position and {str(token): dict(entry) for token, entry in position.items()} for position in row[name]
+                position and {str(token): finite(entry) for token, entry in position.items()} for position in row[name]
             ]
     return {KEY: row[KEY], LINE: to_line({**given, **result}).decode()}
