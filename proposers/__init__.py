@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from proposers.base import Proposer, ProposerOptions, RequestProposer, Verified
+from proposers.base import NO_INFO, Proposer, ProposerOptions, RequestInfo, RequestProposer, Verified
 from proposers.lookahead import Lookahead, LookaheadOptions, LookaheadRequest
 from proposers.numba_cache import drop_stale
 from proposers.prompt_lookup import PromptLookup, PromptLookupOptions
@@ -10,6 +10,7 @@ from proposers.registry import get, names, register
 from proposers.tree import ROOT, DraftTree, TrieBuilder, merge
 
 __all__ = [
+    "NO_INFO",
     "ROOT",
     "DraftTree",
     "Lookahead",
@@ -19,6 +20,7 @@ __all__ = [
     "PromptLookupOptions",
     "Proposer",
     "ProposerOptions",
+    "RequestInfo",
     "RequestProposer",
     "TrieBuilder",
     "Verified",

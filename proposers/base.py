@@ -28,12 +28,33 @@ class Verified:
             (entry i + 1), for the first m nodes of the tree; m < n if the scheduler truncated the tree. None unless
             the proposer's ``needs_argmax`` is set.
         num_nodes: m, how many nodes were verified.
+        top: int32 [m + 1, k] or None, the k most likely tokens by the target's logits, likeliest first, after the root
+            (entry 0) and after node i (entry i + 1). k is the proposer's ``num_top``; None if that is 0.
     """
 
     tokens: IntArray
     path: IntArray
     argmax: IntArray | None
     num_nodes: int
+    top: IntArray | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class RequestInfo:
+    """What is known of a request beside its prompt.
+
+    Attributes:
+        namespace: requests of different namespaces never learn from each other's text. None: this one learns from
+            nobody and nobody learns from it.
+        prediction: int32 [p], what the caller expects the output to be, or None.
+    """
+
+    namespace: str | None = ""
+    prediction: IntArray | None = None
+
+
+NO_INFO = RequestInfo()
+"""Of a request that has nothing of its own to say and shares with all others like it."""
 
 
 class RequestProposer(ABC):
@@ -87,6 +108,8 @@ class Proposer(ABC):
 
     Options: ClassVar[type[ProposerOptions]] = ProposerOptions
     needs_argmax: bool = False
+    num_top: int = 0
+    """How many of the target's likeliest tokens ``Verified.top`` shall hold."""
     separate_branch: bool = False
     """Whether the lookahead branch runs in forwards of its own, not in the verification's."""
 
@@ -94,12 +117,13 @@ class Proposer(ABC):
         self.options = options
 
     @abstractmethod
-    def start(self, request_id: str, prompt: IntArray) -> RequestProposer:
+    def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> RequestProposer:
         """Begin a request. All randomness must come from ``request_id``: every tensor-parallel rank must agree.
 
         Args:
             request_id: vLLM's id of the request.
             prompt: int32 [p], its prompt tokens. A view: don't keep it.
+            info: what else is known of it.
         """
 
     def warm_up(self) -> None:  # noqa: B027 - not every proposer compiles

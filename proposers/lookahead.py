@@ -22,7 +22,7 @@ from numba import njit
 from pydantic import Field, model_validator
 
 from proposers import ngram_pool
-from proposers.base import Proposer, RequestProposer, Verified
+from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer, Verified
 from proposers.best_first import grow_tree
 from proposers.calibration import CHANCE, Calibration, Float64Array, learn
 from proposers.context_index import ContextIndex
@@ -91,7 +91,7 @@ class Lookahead(Proposer):
         self._calibration = Calibration()
         self._chances = np.empty((2, most), np.float32)
 
-    def start(self, request_id: str, prompt: IntArray) -> LookaheadRequest:
+    def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> LookaheadRequest:
         """Begin a request: an empty pool (or the prompt's n-grams) and a window that its first ``propose`` fills."""
         return LookaheadRequest(self, request_id, prompt)
 

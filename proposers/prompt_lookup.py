@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from pydantic import Field, model_validator
 
-from proposers.base import Proposer, ProposerOptions, RequestProposer
+from proposers.base import NO_INFO, Proposer, ProposerOptions, RequestInfo, RequestProposer
 from proposers.best_first import MAX_MATCH, grow_tree
 from proposers.calibration import CHANCE, Calibration, Float64Array, learn
 from proposers.context_index import ContextIndex, extend, find
@@ -62,7 +62,7 @@ class PromptLookup(Proposer):
         self._chances = np.empty(o.max_draft_tokens, np.float32)
         self._settings = (o.min_ngram, o.max_ngram, o.max_matches, o.max_depth, o.min_probability)
 
-    def start(self, request_id: str, prompt: IntArray) -> RequestProposer:
+    def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> RequestProposer:
         """Begin a request; its prompt is indexed by the first ``propose``."""
         return _PromptLookupRequest(self, len(prompt))
 

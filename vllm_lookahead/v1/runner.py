@@ -7,6 +7,7 @@ work. No algorithm, no kernel, no device code.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,10 @@ from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from proposers import DraftTree, Verified
+from proposers import DraftTree, RequestInfo, Verified
 from vllm_lookahead.drafting.drafter import Drafter
 from vllm_lookahead.drafting.policy import AutoBudget, DraftPolicy, FixedBudget, measure_step_cost
+from vllm_lookahead.drafting.request_info import request_info
 from vllm_lookahead.temporary import muted, replaced
 from vllm_lookahead.trees.rows import TreeRows
 from vllm_lookahead.trees.step import StepTrees, Walks, logits_indices
@@ -381,7 +383,8 @@ class LookaheadRunnerMixin(Base):
             if not sampled or limit <= 0 or self._only_chains(req_id):
                 continue
             context = batch.token_ids_cpu[row, :num_tokens]
-            comb = self.drafter.propose_branch(req_id, context, int(batch.num_prompt_tokens[row]), limit)
+            prompt, info = int(batch.num_prompt_tokens[row]), self._info_of(req_id)
+            comb = self.drafter.propose_branch(req_id, context, prompt, limit, info)
             if comb is not None and self.policy.keeps_branch(req_id, comb, self.drafter.branch_gain(req_id)):
                 due.append(BranchRow(row, num_tokens, int(context[-1]), comb))
         if due:
@@ -417,7 +420,11 @@ class LookaheadRunnerMixin(Base):
             depth,
             chain=self._only_chains(req_id),
             branch=self.policy.may_branch(req_id),
+            info=self._info_of(req_id),
         )
+
+    def _info_of(self, req_id: str) -> Callable[[], RequestInfo]:
+        return lambda: request_info(self.requests[req_id].sampling_params)
 
     def _observe(self, sampled_token_ids: list[list[int]]) -> None:
         step, walks, argmax = self._step, self._walks, self._argmax
