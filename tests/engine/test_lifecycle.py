@@ -14,7 +14,7 @@ import pytest
 from vllm import LLM, RequestOutput, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
-from proposers import DraftTree, Proposer, RequestProposer, Verified, registry
+from proposers import NO_INFO, DraftTree, Proposer, RequestInfo, RequestProposer, Verified, registry
 from proposers.prompt_lookup import PromptLookup, PromptLookupOptions
 
 from .cases import CASES, Case, Encode, greedy
@@ -102,10 +102,10 @@ class FailingProposer(PromptLookup):
     def warm_up(self) -> None:
         """It only fails when there are requests."""
 
-    def start(self, request_id: str, prompt: Any) -> RequestProposer:
+    def start(self, request_id: str, prompt: Any, info: RequestInfo = NO_INFO) -> RequestProposer:
         if self.options.where == "start":
             raise RuntimeError("a bug in start")
-        return FailingRequest(self.options.where, super().start(request_id, prompt))
+        return FailingRequest(self.options.where, super().start(request_id, prompt, info))
 
 
 class FailingRequest(RequestProposer):
