@@ -110,6 +110,8 @@ class Proposer(ABC):
     needs_argmax: bool = False
     num_top: int = 0
     """How many of the target's likeliest tokens ``Verified.top`` shall hold."""
+    sources: tuple[str, ...] = ()
+    """Names of what guesses come from, where its trees say so (``DraftTree.sources``)."""
     separate_branch: bool = False
     """Whether the lookahead branch runs in forwards of its own, not in the verification's."""
 
