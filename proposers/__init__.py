@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from proposers.base import NO_INFO, Proposer, ProposerOptions, RequestInfo, RequestProposer, Verified
+from proposers.guesses import PromptLookupOptions
 from proposers.lookahead import Lookahead, LookaheadOptions, LookaheadRequest
 from proposers.numba_cache import drop_stale
-from proposers.prompt_lookup import PromptLookup, PromptLookupOptions
+from proposers.prompt_lookup import PromptLookup
 from proposers.registry import get, names, register
 from proposers.tree import ROOT, DraftTree, TrieBuilder, merge
 

@@ -105,7 +105,22 @@ def open_node(
     """
     weights = np.empty(MOST_CHILDREN, np.float64)
     at_copy, count, left = _add_copies(
-        False, order, low, high, depth, tokens, about, engine, request, marks, serial, children, chances, weights, 0, 1.0
+        False,
+        order,
+        low,
+        high,
+        depth,
+        tokens,
+        about,
+        engine,
+        request,
+        marks,
+        serial,
+        children,
+        chances,
+        weights,
+        0,
+        1.0,
     )
     rows = np.empty(TEXTS, np.int64)
     knows = np.empty(TEXTS, np.int64)
@@ -114,7 +129,7 @@ def open_node(
     longest = 0
     for source in range(TEXTS):
         if owners[source] >= 0:
-            longest = max(longest, np.int64(states[source][ORDER]) - 1)
+            longest = max(longest, int(states[source][ORDER]) - 1)
     longest = min(longest, len(history), LONGEST_KEY)
     asked_model = False
     for n in range(longest, -1, -1):

@@ -117,7 +117,11 @@ def source_of(level: int) -> int:
 # What is assumed before anything is learnt: measured on outputs of Llama 3 (chat) and of GPT-4 (an agent's steps).
 # Rows by length of the n-gram, columns by knowledge, from 1 on; and by agreement.
 OWN_ROWS = ((0.26, 0.5, 0.65, 0.23, 0.3, 0.4), (0.42, 0.72, 0.9, 0.28, 0.4, 0.58), (0.6, 0.87, 0.97, 0.42, 0.6, 0.75))
-ROWS_OF_OTHERS = ((0.16, 0.28, 0.5, 0.16, 0.2, 0.2), (0.2, 0.43, 0.78, 0.18, 0.22, 0.3), (0.35, 0.68, 0.9, 0.27, 0.36, 0.5))
+ROWS_OF_OTHERS = (
+    (0.16, 0.28, 0.5, 0.16, 0.2, 0.2),
+    (0.2, 0.43, 0.78, 0.18, 0.22, 0.3),
+    (0.35, 0.68, 0.9, 0.27, 0.36, 0.5),
+)
 OWN_COPIES = (0.1, 0.25, 0.42, 0.52, 0.58, 0.65, 0.72, 0.78, 0.85, 0.9, 0.92, 0.94, 0.96, 0.97)
 COPIES_OF_OTHERS = (0.1, 0.16, 0.22, 0.27, 0.31, 0.4, 0.5, 0.62, 0.72, 0.8, 0.85, 0.88, 0.9, 0.92)
 POOLED = 0.3
@@ -181,7 +185,9 @@ def chance(engine: Float64Array, request: Float64Array, level: int) -> float:
 
 
 @njit(cache=True)
-def learn(engine: Float64Array, request: Float64Array, tokens: IntArray, levels: IntArray, count: int, token: int) -> None:
+def learn(
+    engine: Float64Array, request: Float64Array, tokens: IntArray, levels: IntArray, count: int, token: int
+) -> None:
     """Compare what was known about the next token with the one that came.
 
     Args:

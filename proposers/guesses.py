@@ -29,7 +29,7 @@ from proposers.calibration import (
     source_of,
 )
 from proposers.shared_text import SharedText, write
-from proposers.text_index import INDEXED, NO_INDEX, NOBODY, TOKENS, allocate, extend, find_places, next_place
+from proposers.text_index import NO_INDEX, NOBODY, TOKENS, allocate, extend, find_places, next_place
 from proposers.tree import ByteArray, FloatArray, IntArray
 
 MAX_NGRAM = 8
@@ -41,8 +41,8 @@ STEPS = 24
 """Longest walk along the places of one n-gram."""
 
 
-class GuessOptions(ProposerOptions):
-    """What all methods that guess from texts can be told."""
+class PromptLookupOptions(ProposerOptions):
+    """What ``prompt_lookup`` can be told, and every method that guesses from texts as it does."""
 
     max_ngram: int = Field(4, ge=1, le=MAX_NGRAM, description="Longest suffix of the context that is looked up.")
     min_ngram: int = Field(1, ge=1, le=MAX_NGRAM, description="Shortest suffix of the context that is looked up.")
@@ -66,7 +66,7 @@ class GuessOptions(ProposerOptions):
         return self.max_draft_tokens
 
     @model_validator(mode="after")
-    def _ngrams_in_order(self) -> GuessOptions:
+    def _ngrams_in_order(self) -> PromptLookupOptions:
         if self.min_ngram > self.max_ngram:
             raise ValueError(f"min_ngram ({self.min_ngram}) must be at most max_ngram ({self.max_ngram})")
         return self
@@ -76,7 +76,7 @@ class Guesses:
     """What an engine's requests share.
 
     Args:
-        options: see ``GuessOptions``.
+        options: see ``PromptLookupOptions``.
         most_nodes: room for a tree, where it holds more than guesses.
 
     Attributes:
@@ -84,7 +84,7 @@ class Guesses:
         chances: float32 [max_draft_tokens], its guesses' chances.
     """
 
-    def __init__(self, options: GuessOptions, most_nodes: int | None = None) -> None:
+    def __init__(self, options: PromptLookupOptions, most_nodes: int | None = None) -> None:
         o = options
         self.options = o
         # shared scratch: proposers run in one thread

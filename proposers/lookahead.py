@@ -24,10 +24,9 @@ from pydantic import Field, model_validator
 from proposers import ngram_pool
 from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer, Verified
 from proposers.calibration import POOL, SOURCES
-from proposers.guesses import NODES, Guesses, RequestGuesses, next_tree, sources_of
+from proposers.guesses import NODES, Guesses, PromptLookupOptions, RequestGuesses, next_tree, sources_of
 from proposers.jacobi_window import STEPS, JacobiWindow, advance, comb_size, largest_comb, store_tips, write_comb
 from proposers.ngram_pool import NgramPool, gather_guesses
-from proposers.prompt_lookup import PromptLookupOptions
 from proposers.registry import register
 from proposers.tree import ByteArray, DraftTree, IntArray
 

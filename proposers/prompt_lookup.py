@@ -11,16 +11,12 @@ import numpy as np
 
 from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer
 from proposers.calibration import SOURCES
-from proposers.guesses import GuessOptions, Guesses, RequestGuesses, next_tree, sources_of
+from proposers.guesses import Guesses, PromptLookupOptions, RequestGuesses, next_tree, sources_of
 from proposers.registry import register
 from proposers.tree import DraftTree, IntArray
 
 NO_GUESS = DraftTree.empty()
 NO_POOL = np.empty((0, 0), np.int32)
-
-
-class PromptLookupOptions(GuessOptions):
-    """What ``prompt_lookup`` can be told."""
 
 
 @register("prompt_lookup")

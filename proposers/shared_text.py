@@ -89,15 +89,15 @@ def write(state: IntArray, writer: IntArray, owner: int, text: IntArray) -> None
     headers = np.int64(state[BLOCKS])
     blocks = np.int64(state[CAPACITY]) // BLOCK
     tokens = np.int64(state[TOKENS])
-    start = np.int64(writer[START])
-    block = np.int64(writer[CURRENT])
+    start = int(writer[START])
+    block = int(writer[CURRENT])
     for at in range(writer[WRITTEN], len(text)):
         lost = ((np.int64(state[NOW]) - np.int64(writer[BORN])) & 0x7FFFFFFF) >= blocks
         if block >= 0 and lost:  # others were so busy that this request's block has been written over
             block = -1
             start = at
         if block < 0 or state[headers + block * BLOCK_HEADER + FILLED] == BLOCK:
-            fresh = np.int64(state[NOW]) % blocks
+            fresh = int(state[NOW]) % int(blocks)
             writer[BORN] = state[NOW]
             state[NOW] = (np.int64(state[NOW]) + 1) & 0x7FFFFFFF
             header = headers + fresh * BLOCK_HEADER

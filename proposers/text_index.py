@@ -49,7 +49,9 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 NOBODY = -1
 
 
-def allocate(capacity: int, order: int, *, own_tokens: bool, blocks: bool = False, rows_per_token: float = 1.0) -> IntArray:
+def allocate(
+    capacity: int, order: int, *, own_tokens: bool, blocks: bool = False, rows_per_token: float = 1.0
+) -> IntArray:
     """An empty index.
 
     Args:
@@ -117,7 +119,7 @@ def row_key(key: np.uint64, n: int) -> np.uint64:
 
 @njit(cache=True, inline="always")
 def find_row(state: IntArray, key: np.uint64, owner: int) -> int:
-    """Where in ``state`` the row of a ``row_key`` begins, or -1. A row that has not been written for too long is gone."""
+    """Where in ``state`` the row of a ``row_key`` begins, or -1; also if it has not been written for too long."""
     at = np.int64(key >> np.uint64(64 - state[ROW_BITS]))
     check = np.int32(key & np.uint64(0x7FFFFFFF))
     for way in range(WAYS):
@@ -125,13 +127,13 @@ def find_row(state: IntArray, key: np.uint64, owner: int) -> int:
         if state[row + CHECK] == check and state[row + OWNER] == owner:
             if state[HORIZON] > 0 and _age(state, row) > state[HORIZON]:
                 return -1
-            return row
+            return int(row)
     return -1
 
 
 @njit(cache=True, inline="always")
 def _age(state: IntArray, row: int) -> int:
-    return (np.int64(state[NOW]) - np.int64(state[row + STAMP])) & 0x7FFFFFFF
+    return int(np.int64(state[NOW]) - np.int64(state[row + STAMP])) & 0x7FFFFFFF
 
 
 @njit(cache=True)
@@ -190,7 +192,7 @@ def _place_key(state: IntArray, text: IntArray, end: int, n: int, owner: int) ->
     key = first_key(owner)
     for i in range(1, n + 1):
         key = extend_key(key, text[end - i])
-    return np.int64(key >> np.uint64(64 - state[PLACE_BITS]))
+    return int(key >> np.uint64(64 - state[PLACE_BITS]))
 
 
 @njit(cache=True)
@@ -216,7 +218,7 @@ def extend(state: IntArray, text: IntArray, end: int) -> None:
     for at in range(state[INDEXED], end):
         link_place(state, text, 0, at + 1, at, 0)
         count_token(state, text, 0, at + 1, 0)
-    state[INDEXED] = max(np.int64(state[INDEXED]), end)
+    state[INDEXED] = max(int(state[INDEXED]), end)
 
 
 @njit(cache=True, inline="always")
@@ -226,7 +228,7 @@ def next_place(state: IntArray, place: int) -> int:
     block = place // BLOCK
     after = place + 1
     if after % BLOCK == 0:
-        block = np.int64(state[headers + block * BLOCK_HEADER + AFTER])
+        block = int(state[headers + block * BLOCK_HEADER + AFTER])
         if block < 0:
             return -1
         after = block * BLOCK
@@ -240,7 +242,7 @@ def _place_before(state: IntArray, place: int) -> int:
         return place - 1
     headers = np.int64(state[BLOCKS])
     block = place // BLOCK
-    before = np.int64(state[headers + block * BLOCK_HEADER + BEFORE])
+    before = int(state[headers + block * BLOCK_HEADER + BEFORE])
     if before < 0 or state[headers + before * BLOCK_HEADER + AFTER] != block:
         return -1
     return before * BLOCK + BLOCK - 1

@@ -14,8 +14,17 @@ import pytest
 from vllm import LLM, RequestOutput, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
-from proposers import NO_INFO, DraftTree, Proposer, RequestInfo, RequestProposer, Verified, registry
-from proposers.prompt_lookup import PromptLookup, PromptLookupOptions
+from proposers import (
+    NO_INFO,
+    DraftTree,
+    PromptLookup,
+    PromptLookupOptions,
+    Proposer,
+    RequestInfo,
+    RequestProposer,
+    Verified,
+    registry,
+)
 
 from .cases import CASES, Case, Encode, greedy
 from .engines import assert_same, engine, run, runner_of, token_ids
