@@ -14,16 +14,19 @@ PIP = log=$$(mktemp); $(BIN)/python -m pip install --quiet --disable-pip-version
 	|| { cat $$log >&2; rm $$log; exit 1; }; rm $$log
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test test-ray lint format bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## stock vLLM against [prompt_lookup] on the bundled model (ARGS="--method '[lookahead]'" for others)
 	@$(BIN)/vllm-lookahead demo $(ARGS)
 
 test: $(STAMP) ## all tests (ARGS="tests/unit" for some)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 $(ARGS)
+
+test-ray: $(STAMP) ## the tests that start Ray clusters on this machine, one after the other
+	@$(BIN)/python -m pytest -m ray --durations 15 tests/ray
 
 lint: $(STAMP) ## style and types
 	@$(BIN)/ruff check $(SOURCES)

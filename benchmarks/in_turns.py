@@ -83,7 +83,7 @@ def main() -> None:
         speculative_config={"method": options.method},
     )
     texts = read_prompts(options.prompts)
-    chosen = order(len(texts), 0, options.num_prompts, options.num_prompts, rotate=False)
+    chosen = order(len(texts), 0, options.num_prompts)
     prompts: list[Any] = [texts[i].text for i in chosen]
     params = [
         SamplingParams(

@@ -547,7 +547,15 @@ def learn_from(
         context: int32 [t], the text so far.
         length: where the tokens that followed begin; the root is the token before. The texts' indices and the copies
             are those of that moment.
-        states: see ``open_node``; so the others.
+        states: see ``open_node``.
+        owners: see there.
+        shortest: see there.
+        recycled: see there.
+        tokens: see there.
+        about: see there.
+        copies: see ``grow_tree``.
+        engine: see ``calibration.learn``.
+        request: see there.
     """
     order = np.arange(copies).astype(np.int32)
     marks = np.zeros(MARKS, np.int32)

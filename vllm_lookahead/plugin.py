@@ -21,14 +21,17 @@ from vllm_lookahead.numba_guard import guard
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_lookahead.support import Setup
+
 DRAFTER = "vllm_lookahead.drafting.drafter.Drafter"
 """The class that vLLM's ``custom_class`` hook builds. As ``speculative_config.model`` it marks a config as ours."""
 
 WORKERS = {
-    "cpu": "vllm_lookahead.v1.cpu_worker.CPULookaheadWorker",
-    "cuda": "vllm_lookahead.v1.gpu_worker.GPULookaheadWorker",
+    ("cpu", "v1"): "vllm_lookahead.v1.cpu_worker.CPULookaheadWorker",
+    ("cpu", "v2"): "vllm_lookahead.v2.cpu_worker.CPULookaheadV2Worker",
+    ("cuda", "v2"): "vllm_lookahead.v2.cuda_worker.CUDALookaheadWorker",
 }
-"""Our worker class for each kind of device."""
+"""Our worker class for each kind of device and generation of vLLM's model runner."""
 
 FLAGS = (
     ("--spec-method", "spec_method", "method"),
@@ -45,7 +48,8 @@ def register() -> None:
     """Teach vLLM our method names. Safe to call any number of times.
 
     Wrapped are ``EngineArgs.add_cli_args`` and ``EngineArgs.create_speculative_config``
-    (``vllm/engine/arg_utils.py``) and ``SamplingParams._validate_spec_decode`` (``vllm/sampling_params.py``).
+    (``vllm/engine/arg_utils.py``) and ``SamplingParams._validate_spec_decode`` (``vllm/sampling_params.py``). Where
+    one of our methods is asked for, ``front_end`` wraps one more.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
@@ -86,7 +90,7 @@ def _with_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_methods(create_speculative_config: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a request for one of our methods into vLLM's ``custom_class`` method and our worker class."""
+    """Turn a request for one of our methods into a config that vLLM accepts, and our worker class."""
     signature = inspect.signature(create_speculative_config)
 
     @functools.wraps(create_speculative_config)
@@ -96,7 +100,7 @@ def _with_methods(create_speculative_config: Callable[..., Any]) -> Callable[...
             if config is not None:
                 arguments = signature.bind(self, *args, **kwargs).arguments
                 model, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
-                config = _prepare(config, self, model, parallel)
+                carrier = _prepare(config, self, model, parallel)
         except (ConfigError, UnsupportedVLLMError) as error:
             if not _command_line:
                 raise
@@ -109,11 +113,7 @@ def _with_methods(create_speculative_config: Callable[..., Any]) -> Callable[...
         # A copy, because vLLM writes into its EngineArgs here, and may come back with the same one.
         stock = copy.copy(self)
         stock.spec_method = stock.spec_model = stock.spec_tokens = None
-        stock.speculative_config = {
-            "method": "custom_class",
-            "model": DRAFTER,
-            "num_speculative_tokens": config.num_speculative_tokens,
-        }
+        stock.speculative_config = carrier
         return create_speculative_config(stock, *args, **kwargs)
 
     return wrapper
@@ -157,11 +157,11 @@ def _requested_config(engine_args: EngineArgs) -> LookaheadConfig | None:
 
 def _prepare(
     config: LookaheadConfig, engine_args: EngineArgs, model_config: Any, parallel_config: Any
-) -> LookaheadConfig:
+) -> dict[str, Any]:
     """Check that this engine can serve ``config``, and leave in vLLM's config what our worker needs.
 
     Returns:
-        ``config`` as this engine can serve it.
+        The speculative config that vLLM is given instead.
 
     Raises:
         ConfigError: it can't.
@@ -170,27 +170,43 @@ def _prepare(
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
+    from vllm_lookahead.front_end import wrap_front_end
     from vllm_lookahead.support import Setup, check_support, fit_lora
 
-    setup = Setup(engine_args, model_config, parallel_config, current_platform, config.options)
+    own_worker = parallel_config.worker_cls in ("auto", *WORKERS.values())
+    setup = Setup(engine_args, model_config, parallel_config, current_platform, config.options, own_worker)
     check_support(config.method, setup)
-    check_contract()
+    check_contract(setup.runner)
     config = fit_lora(config, setup)
 
     if not isinstance(engine_args.additional_config, dict):
         raise ConfigError(f"[{config.method}] needs additional_config to be a mapping")
     engine_args.additional_config = {**engine_args.additional_config, **config.to_additional_config()}
-    worker = WORKERS[setup.device]
-    if parallel_config.worker_cls == "auto":
-        parallel_config.worker_cls = worker
-    elif parallel_config.worker_cls != worker:
+    wrap_front_end(is_ours)
+    if own_worker:
+        parallel_config.worker_cls = WORKERS[setup.device, setup.runner]
+    else:
         init_logger("vllm.vllm_lookahead").warning(
             "[%s] keeps --worker-cls %s as asked: drafts are chains there, verified by vLLM's rejection sampler. "
             "Leave the option out to verify draft trees.",
             config.method,
             parallel_config.worker_cls,
         )
-    return config
+    return _carrier(config, setup)
+
+
+def _carrier(config: LookaheadConfig, setup: Setup) -> dict[str, Any]:
+    """A speculative config of vLLM's own that ends where our worker takes over; ``model`` says whose it really is."""
+    carrier = {"model": DRAFTER, "num_speculative_tokens": config.num_speculative_tokens}
+    if setup.runner == "v1":
+        return {"method": "custom_class", **carrier}
+    from vllm_lookahead.support import batch_limits
+    from vllm_lookahead.v2.slots import schedule
+
+    # the one method without a model with which vLLM keeps Model Runner V2 and asynchronous scheduling
+    ranges = schedule(config.num_speculative_tokens, *batch_limits(setup))
+    lengths = {"prompt_lookup_min": 1, "prompt_lookup_max": 1}
+    return {"method": "ngram_gpu", **carrier, **lengths, "num_speculative_tokens_per_batch_size": ranges}
 
 
 def stock_methods() -> tuple[str, ...]:

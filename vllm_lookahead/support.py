@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vllm_lookahead.config import ConfigError, LookaheadConfig
 
@@ -27,6 +27,7 @@ class Setup(NamedTuple):
         parallel: the engine's parallel config.
         platform: what it runs on.
         options: our method's options.
+        own_worker: whether our worker serves it, not one that the user insists on.
     """
 
     args: EngineArgs
@@ -34,6 +35,7 @@ class Setup(NamedTuple):
     parallel: ParallelConfig
     platform: Platform
     options: Mapping[str, Any] = {}
+    own_worker: bool = True
 
     @property
     def device(self) -> str:
@@ -41,6 +43,17 @@ class Setup(NamedTuple):
         if self.platform.is_cpu():
             return "cpu"
         return "cuda" if self.platform.is_cuda() else ""
+
+    @property
+    def runner(self) -> Literal["v1", "v2"]:
+        """The generation of vLLM's model runner that will run: "v2" wherever vLLM itself would take it, else "v1"."""
+        from vllm import envs
+        from vllm.triton_utils import HAS_TRITON
+
+        if not self.own_worker:
+            return "v1"  # the only one that asks a proposer for chains
+        asked_for = envs.VLLM_USE_V2_MODEL_RUNNER
+        return "v2" if (HAS_TRITON if asked_for is None else asked_for) else "v1"
 
     def arg(self, name: str) -> Any:
         """An engine argument, or None if this vLLM has no such argument."""
@@ -91,10 +104,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "one, with other results",
     ),
     Refusal(
-        "Model Runner V2",
-        lambda s: _asks_for_runner_v2(s),
-        "runs on vLLM's Model Runner V1 only; leave out VLLM_USE_V2_MODEL_RUNNER=1 and what needs that runner: "
-        "--enable-trace-replay, --return-sampling-mask and --enable-return-routed-experts",
+        "Model Runner V1 on CUDA",
+        lambda s: s.device == "cuda" and s.own_worker and s.runner == "v1",
+        "runs on vLLM's Model Runner V2 on CUDA; leave out VLLM_USE_V2_MODEL_RUNNER=0",
+    ),
+    Refusal(
+        "trace replay, returned sampling masks, returned routed experts",
+        lambda s: any(map(s.arg, ("enable_trace_replay", "return_sampling_mask", "enable_return_routed_experts"))),
+        "can't tell for draft trees what --enable-trace-replay, --return-sampling-mask and "
+        "--enable-return-routed-experts ask for; leave them out",
+    ),
+    Refusal(
+        "batch-sharded sampling",
+        lambda s: s.arg("enable_batch_sharded_sampling"),
+        "walks a step's draft trees together; leave out --enable-batch-sharded-sampling",
     ),
     Refusal(
         "pipeline parallelism",
@@ -146,14 +169,20 @@ REFUSALS: tuple[Refusal, ...] = (
         "can't watermark the tokens of a draft tree; leave out --watermark-config",
     ),
     Refusal(
-        "asynchronous scheduling",
-        lambda s: s.arg("async_scheduling"),
-        "needs a step's tokens before it can draft the next; leave out --async-scheduling",
+        "asynchronous scheduling on V1",
+        lambda s: s.runner == "v1" and s.arg("async_scheduling"),
+        "needs Model Runner V2 for asynchronous scheduling; leave out --async-scheduling",
     ),
     Refusal(
         "LoRA with `branch: separate`",
         lambda s: s.arg("enable_lora") and s.options.get("branch") == "separate",
         'branch = "separate": must be "fused" with --enable-lora, because a forward pass of its own knows no adapters',
+    ),
+    Refusal(
+        "`branch: separate` on Model Runner V2",
+        lambda s: s.runner == "v2" and s.options.get("branch") == "separate",
+        'branch = "separate": must be "fused" on Model Runner V2; a forward pass of its own needs '
+        "VLLM_USE_V2_MODEL_RUNNER=0 and a CPU",
     ),
 )
 """Checked in this order; the first that applies is reported."""
@@ -178,7 +207,7 @@ def fit_lora(config: LookaheadConfig, setup: Setup) -> LookaheadConfig:
     """
     if not setup.arg("enable_lora"):
         return config
-    tokens, requests = _batch_limits(setup)
+    requests, tokens = batch_limits(setup)
     nodes = tokens // requests - 1
     if nodes >= config.num_speculative_tokens:
         return config
@@ -201,8 +230,8 @@ def fit_lora(config: LookaheadConfig, setup: Setup) -> LookaheadConfig:
     return config.model_copy(update={"num_speculative_tokens": nodes, "budget": budget})
 
 
-def _batch_limits(setup: Setup) -> tuple[int, int]:
-    """``max_num_batched_tokens`` and ``max_num_seqs``.
+def batch_limits(setup: Setup) -> tuple[int, int]:
+    """``max_num_seqs`` and ``max_num_batched_tokens``.
 
     vLLM sets them after the speculative config is made, to defaults that depend on whether ``LLM`` or ``vllm serve``
     asks, which isn't known here: the tighter ones count.
@@ -215,15 +244,8 @@ def _batch_limits(setup: Setup) -> tuple[int, int]:
         args._set_default_max_num_seqs_and_batched_tokens_args(context, setup.model, setup.parallel)
         assert args.max_num_batched_tokens is not None
         assert args.max_num_seqs is not None
-        found.append((args.max_num_batched_tokens, args.max_num_seqs))
-    return min(found, key=lambda limits: limits[0] // limits[1])
-
-
-def _asks_for_runner_v2(setup: Setup) -> bool:
-    from vllm import envs
-
-    features = ("enable_trace_replay", "return_sampling_mask", "enable_return_routed_experts")
-    return bool(getattr(envs, "VLLM_USE_V2_MODEL_RUNNER", None)) or any(map(setup.arg, features))
+        found.append((args.max_num_seqs, args.max_num_batched_tokens))
+    return min(found, key=lambda limits: limits[1] // limits[0])
 
 
 def _warn(message: str, *arguments: Any) -> None:

@@ -1,6 +1,6 @@
 """Run as a program: the same requests on two tensor-parallel ranks, with stock vLLM or one of our methods.
 
-    python two_ranks.py MODEL SPECULATIVE_CONFIG_OR_null OUTPUT.json
+    python two_ranks.py MODEL SPECULATIVE_CONFIG_OR_null OUTPUT.json [PROMPTS TOKENS]
 
 A process of its own, because vLLM keeps the state of one process group per process.
 """
@@ -28,14 +28,30 @@ def watch(worker: Any) -> None:
 
     runner = worker.model_runner
     runner.watched = []
-    commit_kv = runner.commit_kv
 
     def note(step: Any, walks: Any) -> None:
         rows = np.flatnonzero(step.branched).tolist()
         runner.watched.append([[step.tokens.tolist(), step.parents.tolist(), walks.path(row).tolist()] for row in rows])
+
+    if hasattr(runner, "walk"):  # Model Runner V2
+        from vllm_lookahead.trees.step import retrace
+
+        walk = runner.walk
+
+        def noted_walk(sampled: Any, forbidden: Any) -> Any:
+            walked = walk(sampled, forbidden)
+            note(runner.step, retrace(runner.step, walked.tokens.numpy(), walked.lengths.numpy()))
+            return walked
+
+        runner.walk = noted_walk
+        return
+    commit_kv = runner.commit_kv
+
+    def noted_commit(step: Any, walks: Any) -> None:
+        note(step, walks)
         commit_kv(step, walks)
 
-    runner.commit_kv = note
+    runner.commit_kv = noted_commit
 
 
 def watched(worker: Any) -> list[Any]:
@@ -43,7 +59,7 @@ def watched(worker: Any) -> list[Any]:
     return worker.model_runner.watched
 
 
-def main(model: str, config: dict[str, Any] | None) -> dict[str, Any]:
+def main(model: str, config: dict[str, Any] | None, num_prompts: int, max_tokens: int) -> dict[str, Any]:
     """Run both kinds of decoding; return tokens and what the ranks saw."""
     from engine.cases import either
     from engine.prompts import PROMPTS
@@ -65,8 +81,9 @@ def main(model: str, config: dict[str, Any] | None) -> dict[str, Any]:
     each_rank: Callable[..., list[Any]] = llm.collective_rpc
     if config is not None:
         each_rank(watch)
-    params = [either(i, max_tokens=32) for i in range(len(PROMPTS))]
-    outputs = llm.generate(list(PROMPTS), params, use_tqdm=False)
+    prompts = list(PROMPTS[:num_prompts])
+    params = [either(i, max_tokens=max_tokens) for i in range(len(prompts))]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     result: dict[str, Any] = {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
     if config is not None:
         result["ranks"] = each_rank(watched)
@@ -77,5 +94,6 @@ def main(model: str, config: dict[str, Any] | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    model_folder, config_json, output_file = sys.argv[1:]
-    Path(output_file).write_text(json.dumps(main(model_folder, json.loads(config_json))))
+    model_folder, config_json, output_file, *size = sys.argv[1:]
+    num_prompts, max_tokens = map(int, size or (1000, 32))
+    Path(output_file).write_text(json.dumps(main(model_folder, json.loads(config_json), num_prompts, max_tokens)))

@@ -14,6 +14,8 @@ from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_lookahead.trees.step import retrace
+
 METHODS: dict[str, dict[str, Any]] = {
     "prompt_lookup": {"method": "prompt_lookup", "num_speculative_tokens": 16, "budget": 16},
     "lookahead": {
@@ -228,26 +230,42 @@ class TreeSpy:
     @classmethod
     @contextlib.contextmanager
     def on(cls, llm: LLM) -> Iterator[TreeSpy]:
-        """Watch an engine within a block."""
+        """Watch an engine within a block, on either of vLLM's model runners."""
         spy, runner = cls(), runner_of(llm)
+        replaced = spy._watch_v2(runner) if hasattr(runner, "walk") else spy._watch_v1(runner)
+        vars(runner).update(replaced)
+        try:
+            yield spy
+        finally:
+            for name in replaced:
+                delattr(runner, name)
+
+    def _watch_v1(self, runner: Any) -> dict[str, Any]:
         commit_kv, sample_tokens = runner.commit_kv, runner.sample_tokens
 
         def watch_commit(step: Any, walks: Any) -> None:
-            spy.count(step, walks)
+            self.count(step, walks)
             commit_kv(step, walks)
 
         def watch_sample(grammar_output: Any) -> Any:
             output = sample_tokens(grammar_output)
             for req_id, sampled in zip(output.req_ids, output.sampled_token_ids, strict=True):
-                spy.emitted[req_id] += len(sampled)
-                spy.drafts_accepted += max(len(sampled) - 1, 0)
+                self.emitted[req_id] += len(sampled)
+                self.drafts_accepted += max(len(sampled) - 1, 0)
             return output
 
-        runner.commit_kv, runner.sample_tokens = watch_commit, watch_sample
-        try:
-            yield spy
-        finally:
-            del runner.commit_kv, runner.sample_tokens
+        return {"commit_kv": watch_commit, "sample_tokens": watch_sample}
+
+    def _watch_v2(self, runner: Any) -> dict[str, Any]:
+        walk = runner.walk
+
+        def watch_walk(sampled: Any, forbidden: Any) -> Any:
+            walked = walk(sampled, forbidden)
+            self.drafts_accepted += int((walked.lengths - 1).sum())
+            self.count(runner.step, retrace(runner.step, walked.tokens.numpy(), walked.lengths.numpy()))
+            return walked
+
+        return {"walk": watch_walk}
 
     def count(self, step: Any, walks: Any) -> None:
         """Add one step."""

@@ -12,6 +12,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from serving import PROMPTS, Server, chat, complete, texts
 
+from vllm_lookahead.bench import serve
+from vllm_lookahead.bench.prompts import Prompt
+
 CHATS = ["Write a function that adds two numbers.", "What does print(len(items)) do?"]
 
 
@@ -135,6 +138,23 @@ def test_spec_decode_metrics_move(server: Server, ours: OpenAI) -> None:
     assert moved["draft_tokens"] >= moved["accepted_tokens"] > 0
     assert moved["accepted_tokens_per_pos"] == moved["accepted_tokens"]
     assert moved["accepted_tokens"] < usage.completion_tokens
+
+
+# ---- our benchmark
+
+
+def test_bench_serve(servers: tuple[Server, Server]) -> None:
+    """``vllm bench serve`` drives both; the table says that the texts are the same."""
+    prompts = [Prompt(text) for text in PROMPTS]
+    options = ["--num-prompts", "4", "--sharegpt-output-len", "16", "--temperature", "0", "--ignore-eos"]
+    urls = dict(zip(("stock", "ours"), (server.url for server in servers), strict=True))
+    found = serve.drive(urls, prompts, options, 1, lambda text: None)
+    assert [(r["completed"], r["total_output_tokens"]) for r in found] == [(4, 64)] * 2
+    stock, ours = serve.table(found).rows
+    assert (stock[-1], ours[-1]) == ("-", "4 of 4")
+    assert float(ours[-3]) > 1.0, "the server's counters say that drafts were accepted"
+    with pytest.raises(serve.ServerError, match="nothing"):
+        serve.drive({"nothing": "http://127.0.0.1:9"}, prompts, [*options, "--ready-check-timeout-sec", "0"], 1, print)
 
 
 # ---- requests that are wrong

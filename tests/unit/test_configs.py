@@ -14,7 +14,7 @@ from vllm_lookahead import plugin
 from vllm_lookahead.config import LookaheadConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PRESETS = sorted(CONFIGS.glob("*.yaml"))
+PRESETS = sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "ray-serve.yaml"})  # tests/ray serves that one
 
 PAPER = {"lookahead-7b": (15, 5, 15), "lookahead-13b": (10, 5, 10), "lookahead-34b": (7, 5, 7)}
 
@@ -32,7 +32,7 @@ def load(parser: FlexibleArgumentParser, model: str, preset: Path) -> tuple[Look
     args.model = args.model_tag
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config()
-    assert config.parallel_config.worker_cls == plugin.WORKERS["cpu"]
+    assert config.parallel_config.worker_cls == plugin.WORKERS["cpu", "v1"]
     return LookaheadConfig.from_vllm_config(config), engine_args
 
 

@@ -1,7 +1,7 @@
 """Tree rows in FlashAttention's place: vLLM's own metadata builder and layer code, over plain torch instead of CUDA.
 
 The Triton kernel has tests of its own (``test_triton_tree.py``) and is replaced by a reference here; all of it together
-runs in ``test_cuda_engine.py``.
+runs in ``tests/v2/test_cuda_path.py``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import gpu_on_cpu
-from gpu_checks import Batch, dense, pack, random_batch, random_qkv, random_tree, tree_mask
+import flash_on_cpu
+from kernel_checks import Batch, dense, pack, random_batch, random_qkv, random_tree, tree_mask
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import fa_utils, flash_attn
 
 from vllm_lookahead.attention import flash
-from vllm_lookahead.attention.packing import ALIGNMENT, PackedTrees, TreePacker
+from vllm_lookahead.attention.packing import PackedTrees
 from vllm_lookahead.attention.triton_tree import Prefix
 from vllm_lookahead.trees.rows import TreeRows
 from vllm_lookahead.trees.step import StepTrees
@@ -43,11 +43,12 @@ def reference_tree_attention(
     prefix: Prefix | None = None,
 ) -> None:
     """What the Triton kernel computes."""
-    rows = trees.on_host
-    for row, length in enumerate(rows.prefixes.tolist()):
-        packed = slice(int(rows.offsets[row]), int(rows.offsets[row + 1]))
-        tokens = torch.from_numpy(rows.tokens[packed])
-        part, lse = dense(query[tokens], key[tokens], value[tokens], tree_mask(rows, row), scale)
+    bits = np.unpackbits(trees.mask.numpy().view(np.uint8), axis=1, bitorder="little").astype(np.bool_)
+    for row, length in enumerate(trees.prefixes.tolist()):
+        packed = slice(int(trees.offsets[row]), int(trees.offsets[row + 1]))
+        tokens = trees.tokens[packed]
+        sees = torch.from_numpy(bits[packed, : len(tokens)])
+        part, lse = dense(query[tokens], key[tokens], value[tokens], sees, scale)
         if prefix is not None and length:
             before = prefix.lse[:, packed].double()
             weight = torch.sigmoid(before - lse).T[..., None]
@@ -62,9 +63,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def flash_attn_varlen_func(**arguments: Any) -> Any:
         made.append(arguments)
-        return gpu_on_cpu.flash_attn_varlen_func(**arguments)
+        return flash_on_cpu.flash_attn_varlen_func(**arguments)
 
-    stand_ins = {**gpu_on_cpu.STAND_INS, "flash_attn_varlen_func": flash_attn_varlen_func}
+    stand_ins = {**flash_on_cpu.STAND_INS, "flash_attn_varlen_func": flash_attn_varlen_func}
     for module in (fa_utils, flash_attn):
         for name, function in stand_ins.items():
             monkeypatch.setattr(module, name, function, raising=False)
@@ -137,7 +138,7 @@ def run(
         slot_mapping=slot_mapping,
     )
     builder = new_builder()
-    builder.trees = pack(batch.trees, torch.device("cpu")) if trees else None
+    builder.trees = pack(batch, torch.device("cpu")) if trees else None
     metadata = builder.build(0, common)
     assert builder.trees is None, "trees are good for one step"
     output = torch.full((total, HEADS, HEAD_SIZE), torch.nan)
@@ -229,37 +230,6 @@ def test_a_tree_row_is_cheap_for_the_stock_call(
     stock, ours = calls
     assert stock["seqused_k"].tolist() == [6, 59, 38]
     assert ours["seqused_k"].tolist() == [100, 53]
-
-
-def test_warm_up_reads_what_it_is_given(impl: flash.TreeFlashAttentionImpl, calls: list[dict[str, Any]]) -> None:
-    trees = pack(random_batch(np.random.default_rng(1), 1, 4, mixed=False, most_prefix=9).trees, torch.device("cpu"))
-    assert trees.longest_prefix > 0
-    cache = torch.zeros(1, KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
-    impl.warm_up(cache, trees, torch.zeros((1, 1), dtype=torch.int32), torch.float32)
-    assert len(calls) == 1
-
-
-def test_packing() -> None:
-    """Sections keep their alignment, the buffer grows, and only neighbours are a span."""
-    rng = np.random.default_rng(0)
-    packer = TreePacker(torch.device("cpu"), 4, 1, 3)
-    for rows, nodes in ((1, 3), (7, 130), (2, 40)):
-        batch = random_batch(rng, rows, nodes, mixed=rows > 1)
-        packed = packer(batch.trees)
-        parts = (packed.offsets, packed.prefixes, packed.lengths, packed.firsts, packed.rows, packed.tokens)
-        for part in (*parts, packed.positions, packed.mask):
-            assert (part.data_ptr() - packed.offsets.data_ptr()) % (4 * ALIGNMENT) == 0
-        assert packed.offsets.tolist() == batch.trees.offsets.tolist()
-        assert packed.positions.tolist() == batch.trees.positions.tolist()
-        assert packed.firsts.tolist() == [int(batch.trees.tokens[start]) for start in batch.trees.offsets[:-1]]
-        values = torch.arange(int(batch.query_start[-1]))
-        assert packed.gather(values).tolist() == batch.trees.tokens.tolist()
-        for row in range(packed.num_rows):
-            own = slice(int(batch.trees.offsets[row]), int(batch.trees.offsets[row + 1]))
-            words = packed.mask[own].numpy().view(np.uint8)
-            bits = np.unpackbits(words, axis=1, bitorder="little")[:, : own.stop - own.start]
-            assert np.array_equal(bits, tree_mask(batch.trees, row).numpy())
-    assert packer(random_batch(rng, 2, 9, mixed=False).trees).span is not None
 
 
 PROBLEMS = {

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numba
 import numpy as np
 import pytest
 import torch
@@ -9,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proposers import DraftTree
+from vllm_lookahead.attention import cpu_commit
 from vllm_lookahead.attention.cpu_commit import CPUCommit
+from vllm_lookahead.attention.cpu_trees import CPUTrees
+from vllm_lookahead.trees import kv, step
 from vllm_lookahead.trees.kv import moves
-from vllm_lookahead.trees.step import StepTrees, walk_all
+from vllm_lookahead.trees.step import Descent, StepTrees, walk_all
 
 ROOT = -1
 HEADS, HEAD_SIZE = 2, 3
@@ -121,3 +128,40 @@ def test_a_rows_nodes_are_its_last_tokens(prompt_tokens: int) -> None:
     slots = np.arange(100, 100 + prompt_tokens + 3)
     src, dst = moves(step, walks, np.array([0, prompt_tokens + 3], np.int32), slots)
     assert (src.tolist(), dst.tolist()) == ([slots[-1]], [slots[-2]])
+
+
+def test_warm_up_compiles_what_a_commit_of_any_number_of_rows_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    called_with: dict[str, set[Any]] = {}
+
+    def recording(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            called_with.setdefault(function.__name__, set()).add(tuple(numba.typeof(arg) for arg in args))
+            return function(*args)
+
+        return call
+
+    for module, name in ((kv, "_moves"), (cpu_commit, "_copy_slots"), (step, "_walk_all"), (step, "_follow")):
+        monkeypatch.setattr(module, name, recording(getattr(module, name)))
+    caches = [torch.zeros(3, HEADS, 8, 2 * 32)]
+    impl = SimpleNamespace(num_heads=HEADS, head_size=32, scale=1.0)
+    trees = object.__new__(CPUTrees)
+    vars(trees).update(_kv_caches=caches, _impls=[impl], _dtype=torch.float32)
+    step.warm_up()
+    trees.warm_up()
+    warm = {name: set(types) for name, types in called_with.items()}
+    assert {name: len(types) for name, types in warm.items()} == dict.fromkeys(called_with, 1)
+    assert len(warm) == 4
+
+    tree = DraftTree.from_parents([1, 2, 3], [ROOT, ROOT, 1])
+    commit = CPUCommit(caches)
+    for rows in (1, 2, 5):
+        names = [str(row) for row in range(rows)]
+        trees = StepTrees.build(names, {name: [1, 2, 3] for name in names}, dict.fromkeys(names, tree))
+        query_start, slots = np.arange(rows + 1, dtype=np.int32) * 4, np.arange(4 * rows)
+        walks = walk_all(trees, np.tile([2, 0, 3, 0], rows))
+        assert walks.lengths.tolist() == [3] * rows
+        commit(*moves(trees, walks, query_start, slots))
+        descent = Descent(trees, np.zeros(rows, np.bool_))
+        descent.follow(np.full(rows, 2, np.int32))
+        moves(trees, descent.walks(), query_start, slots)
+    assert called_with == warm

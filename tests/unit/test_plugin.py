@@ -11,21 +11,24 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from vllm import envs
+from vllm.config.speculative import NgramGPUTypes
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_lookahead import plugin, support, wrappers
 from vllm_lookahead.config import KEY, ConfigError, LookaheadConfig
 
-WORKER = plugin.WORKERS["cpu"]
+WORKER = plugin.WORKERS["cpu", "v1"]
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +217,7 @@ def test_flag_and_config_contradict(model: str) -> None:
 @pytest.mark.usefixtures("offline")
 def test_unsupported_vllm_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.__version__", "0.99.0")
-    with pytest.raises(RuntimeError, match=r"supports vLLM 0\.26 to 0\.33; vLLM 0\.99\.0 is installed"):
+    with pytest.raises(RuntimeError, match=r"supports vLLM 0\.26 to 0\.33 .*; vLLM 0\.99\.0 is installed"):
         vllm_config(model, speculative_config={"method": "prompt_lookup"})
     vllm_config(model)
 
@@ -277,14 +280,64 @@ def test_mixture_of_experts_with_data_parallelism_is_refused(make_model: Callabl
         vllm_config(folder, **config, data_parallel_size=2)
 
 
+# ---- which of vLLM's model runners
+
+
+def setup_for(model: str) -> support.Setup:
+    args = EngineArgs(model=model, skip_tokenizer_init=True, max_num_seqs=64, max_num_batched_tokens=4096)
+    config = args.create_engine_config()
+    return support.Setup(args, config.model_config, config.parallel_config, CpuPlatform())
+
+
 @pytest.mark.usefixtures("offline")
-def test_model_runner_v2_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runner_is_the_one_that_vllm_would_take(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = setup_for(model)
     # not setenv: vLLM caches its variables once an engine has started in this process
+    for asked_for, triton, expected in (
+        (None, False, "v1"),
+        (None, True, "v2"),
+        (False, True, "v1"),
+        (True, False, "v2"),
+    ):
+        monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", asked_for)
+        monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", triton)
+        assert setup.runner == expected
+        assert setup._replace(own_worker=False).runner == "v1", "only V1 asks a proposer for chains"
+
+
+@pytest.mark.usefixtures("offline")
+def test_model_runner_v2_without_triton_is_vllms_to_refuse(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", True)
-    with pytest.raises(ConfigError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
+    with pytest.raises(ValueError, match="Model Runner V2 requires Triton"):
         vllm_config(model, speculative_config={"method": "prompt_lookup"})
+
+
+@pytest.mark.usefixtures("offline")
+def test_on_v2_the_config_keeps_asynchronous_scheduling(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method without a draft model that vLLM schedules asynchronously, and fewer drafts in larger batches."""
+    setup = setup_for(model)
+    monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", True)
+    carrier = plugin._carrier(LookaheadConfig.parse("prompt_lookup", {}), setup)
+    assert carrier["method"] in get_args(NgramGPUTypes)
+    assert plugin.is_ours(SimpleNamespace(**carrier))
+    lookup = build_dynamic_sd_schedule_lookup(carrier["num_speculative_tokens_per_batch_size"], 64, 48)
+    assert lookup[1] == 48
+    assert lookup[64] == 4096 // 4 // 64 - 1
+    assert all(requests * (1 + lookup[requests]) <= max(requests, 1024) for requests in range(1, 65))
+
+
+@pytest.mark.usefixtures("offline")
+def test_model_runner_v1_is_refused_on_cuda(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", False)
-    assert_ours(vllm_config(model, speculative_config={"method": "prompt_lookup"}))
+    cuda = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True)
+    setup = setup_for(model)._replace(platform=cuda)
+    with pytest.raises(ConfigError, match="leave out VLLM_USE_V2_MODEL_RUNNER=0"):
+        support.check_support("prompt_lookup", setup)
+    support.check_support("prompt_lookup", setup._replace(own_worker=False))
+    monkeypatch.setitem(vars(envs), "VLLM_USE_V2_MODEL_RUNNER", True)
+    support.check_support("prompt_lookup", setup)
+    with pytest.raises(ConfigError, match='branch = "separate": must be "fused" on Model Runner V2'):
+        support.check_support("lookahead", setup._replace(options={"branch": "separate"}))
 
 
 # ---- LoRA
@@ -439,7 +492,9 @@ def test_wrapped_once_and_restored() -> None:
     plugin.register()
     plugin.register()
     names = ["EngineArgs.add_cli_args", "EngineArgs.create_speculative_config", "SamplingParams._validate_spec_decode"]
-    assert [".".join(name.split(".")[-2:]) for name in wrappers.wrapped()] == names
+    found = [".".join(name.split(".")[-2:]) for name in wrappers.wrapped()]
+    assert sorted({*found, "InputProcessor.process_inputs"}) == sorted([*names, "InputProcessor.process_inputs"])
+    assert len(set(found)) == len(found)
     assert EngineArgs.create_speculative_config.__wrapped__.__module__ == EngineArgs.__module__
     wrappers.restore_all()
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,5 +142,12 @@ def test_ten_thousand_requests_leave_memory_flat() -> None:
 
 
 def test_memory_per_remembered_token_is_what_the_readme_says() -> None:
-    for tokens in (1 << 16, 1 << 20):
-        assert SharedText(tokens, 4).state.nbytes / tokens < 86
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    said = re.search(
+        r"about (\d+) bytes of the worker's memory for each \((\d+) MiB by default\)", " ".join(readme.split())
+    )
+    assert said is not None
+    default = PromptLookupOptions().shared_tokens
+    nbytes = SharedText(default, 4).state.nbytes
+    assert round(nbytes / default) == int(said[1])
+    assert round(nbytes / 2**20) == int(said[2])

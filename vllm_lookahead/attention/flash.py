@@ -7,8 +7,9 @@ launch per layer, with the tree's part rounded on the way, and into packed rows 
 
 What about the other rows of the same batch? Splitting the batch would mean gathering their queries and scattering
 their output in every layer, so the whole batch goes through vLLM's call as it is. For that call a tree row is one
-that has no context, which makes it cheap; our kernel overwrites its output. In a batch of nothing but tree rows, the
-usual case for few users, that call is left out.
+that has no context, which makes it cheap; our kernel overwrites its output. (If it also computes tokens before its
+root, it needs its context for them.) In a batch of nothing but tree rows, the usual case for few users, that call is
+left out.
 """
 
 from __future__ import annotations
@@ -70,16 +71,9 @@ class TreeFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = common_attn_metadata
         starts = common.query_start_loc_cpu.numpy()
-        on_host = trees.on_host
-        only_trees = len(on_host.tokens) == starts[-1]
+        only_trees = trees.num_tokens == starts[-1]
         if not only_trees:
-            whole = on_host.tokens[on_host.offsets[:-1]] == starts[on_host.rows]
-            lengths, rows = trees.lengths, trees.rows
-            if not whole.all():
-                # A row that also computes tokens before its root needs its context for them.
-                keep = torch.from_numpy(whole.nonzero()[0]).to(rows.device)
-                lengths, rows = lengths[keep], rows[keep]
-            common = replace(common, seq_lens=common.seq_lens.index_copy(0, rows, lengths))
+            common = replace(common, seq_lens=common.seq_lens.index_copy(0, trees.rows, trees.stock_lens))
         # nothing to schedule for a call that won't be made
         stock = super().build(0, common, fast_build or only_trees)
         used = -(-max(1, trees.longest_prefix) // self.block_size)
@@ -112,25 +106,31 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if trees is not None:
-            prefix = self._attend_prefix(trees.gather(query), kv_cache, trees, attn_metadata.tree_blocks)
-            tree_attention(query, key, value, trees, self.scale, output, prefix)
+            self.attend_trees(query, key, value, kv_cache, trees, attn_metadata.tree_blocks, output)
         return output
 
-    def warm_up(self, kv_cache: torch.Tensor, trees: PackedTrees, blocks: torch.Tensor, dtype: torch.dtype) -> None:
-        """Have everything compiled that a step with tree rows calls.
+    def attend_trees(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        trees: PackedTrees,
+        blocks: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of the tree rows' roots and nodes; the rest of ``output`` is left alone.
 
         Args:
-            kv_cache: the layer's cache.
-            trees: tree rows whose tokens are all of a batch.
-            blocks: int32 [tree rows, blocks], cache blocks that may be read.
-            dtype: the model's.
+            query: [tokens, num_heads, head_size], the flattened batch.
+            key: [tokens, num_kv_heads, head_size].
+            value: [tokens, num_kv_heads, head_size].
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+            trees: the tree rows.
+            blocks: int32 [tree rows, blocks], their cache blocks.
+            output: [tokens, num_heads, head_size], written.
         """
-        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        # as a model makes them: views of one product
-        product = torch.zeros(len(trees.tokens), sum(heads), self.head_size, dtype=dtype, device=kv_cache.device)
-        query, key, value = product.split(heads, dim=1)
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        prefix = self._attend_prefix(query, kv_cache, trees, blocks)
+        prefix = self._attend_prefix(trees.gather(query), kv_cache, trees, blocks)
         tree_attention(query, key, value, trees, self.scale, output, prefix)
 
     def _attend_prefix(

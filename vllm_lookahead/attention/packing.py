@@ -1,15 +1,21 @@
-"""A step's tree rows on the device: one pinned buffer, one copy, and views into what arrived."""
+"""A step's trees on the device: one pinned buffer, one copy, and views into what arrived.
+
+Sent is only what the host alone knows: which node hangs where, and which tokens of the batch are a tree. What follows
+from it and from the lengths on the device (``PackedTrees`` says what) is written there by ``v2.kernels.place``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_lookahead.trees.rows import TreeRows
+from vllm_lookahead.trees.step import StepTrees
 
 WORD_BITS = 32
 """An ancestor mask is kept as 32-bit words: bit j of word w says whether key 32 w + j is seen."""
@@ -20,32 +26,36 @@ ALIGNMENT = 16
 
 @dataclass(slots=True, frozen=True)
 class PackedTrees:
-    """The tree rows of one step (``TreeRows``) on the device.
+    """The rows of one step that are verified as branched trees, on the device.
+
+    A tree row's queries are its root and nodes: the row's last tokens in the flattened batch. "Packed" means: the
+    queries of all tree rows, one row after the other.
 
     Attributes:
+        rows: int64 [rows], index of each tree row in the batch.
         offsets: int32 [rows + 1], where each row begins in packed order: its ``cu_seqlens``.
-        prefixes: int32 [rows], tokens before the root.
         lengths: int32 [rows], root and nodes.
         firsts: int32 [rows], index of each root in the flattened batch.
-        rows: int64 [rows], index of each row in the batch.
+        whole: int32 [rows], 1 for rows that compute no token before their root, else 0.
+        prefixes: int32 [rows], tokens before the root. Written by ``place``, as are the next three.
+        stock_lens: int32 [rows], the ``seq_lens`` with which attention without an ancestor mask costs least and is
+            right for the tokens before the root: without the prefix if there are no such tokens.
         tokens: int64 [packed], index of each query in the flattened batch.
-        positions: int64 [packed], RoPE positions.
-        mask: int32 [packed, words], see ``WORD_BITS``.
-        on_host: where it came from.
+        mask: int32 [packed, words], which of the row's root and nodes each query sees, see ``WORD_BITS``.
         longest: most tokens of a row.
-        longest_prefix: most tokens before a root.
+        longest_prefix: at least as many as there are tokens before any root.
         span: the queries' indices in the flattened batch where they are all neighbours, else None.
     """
 
+    rows: torch.Tensor
     offsets: torch.Tensor
-    prefixes: torch.Tensor
     lengths: torch.Tensor
     firsts: torch.Tensor
-    rows: torch.Tensor
+    whole: torch.Tensor
+    prefixes: torch.Tensor
+    stock_lens: torch.Tensor
     tokens: torch.Tensor
-    positions: torch.Tensor
     mask: torch.Tensor
-    on_host: TreeRows
     longest: int
     longest_prefix: int
     span: slice | None
@@ -53,51 +63,90 @@ class PackedTrees:
     @property
     def num_rows(self) -> int:
         """How many tree rows there are."""
-        return len(self.on_host.rows)
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many queries they have together."""
+        return len(self.mask)
 
     def gather(self, tokens: torch.Tensor) -> torch.Tensor:
         """The tree rows' part of a per-token tensor, in packed order: a view where that is possible."""
         return tokens.index_select(0, self.tokens) if self.span is None else tokens[self.span]
 
 
+@dataclass(slots=True, frozen=True)
+class DeviceTrees:
+    """The trees of one step (``StepTrees``) on the device.
+
+    Attributes:
+        starts: int32 [rows + 1], where each batch row's nodes begin in ``tokens`` and ``parents``.
+        tokens: int32 [nodes], the token of every node.
+        parents: int32 [nodes], index of the parent within the row, -1 for the root.
+        packed: the branched rows; None if there are none.
+    """
+
+    starts: torch.Tensor
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    packed: PackedTrees | None
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the batch has."""
+        return len(self.starts) - 1
+
+
 class HostBuffer:
     """int32 memory on the host and as much on the device, copied without waiting.
 
     Args:
-        size: int32 numbers to begin with; it grows if need be.
+        size: int32 numbers.
         device: where the copies go.
+
+    Attributes:
+        on_device: int32 [size], what was sent last.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.device = device
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._allocate(size)
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.on_device = torch.zeros(size, dtype=torch.int32, device=device)
 
-    def _allocate(self, size: int) -> None:
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        self._on_device = torch.zeros(size, dtype=torch.int32, device=self.device)
-        self._filled = False
-
-    def take(self, size: int) -> NDArray[np.int32]:
+    def take(self) -> NDArray[np.int32]:
         """int32 [size]: memory to fill and then to ``send``. The last copy out of it has ended."""
-        if size > len(self._host):
-            self._allocate(2 * size)
-        if self._copied is not None and self._filled:
+        if self._copied is not None:
             self._copied.synchronize()
-        return self._host[:size].numpy()
+        return self._host.numpy()
 
-    def send(self, size: int) -> torch.Tensor:
-        """int32 [size]: the filled memory on the device, valid until the next call."""
-        target = self._on_device[:size]
-        target.copy_(self._host[:size], non_blocking=True)
+    def send(self, size: int) -> None:
+        """Bring the memory's first ``size`` numbers to the device."""
+        self.on_device[:size].copy_(self._host[:size], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        self._filled = True
-        return target
+
+
+class _Sections(NamedTuple):
+    """The buffer's parts, on the host (arrays) or on the device (tensors), each int32 and as large as it may get.
+
+    Attributes:
+        starts, parents, tokens: as in ``DeviceTrees``.
+        rows: as in ``PackedTrees``, 64-bit numbers in pairs of 32 bits.
+        offsets, lengths, firsts, whole: as in ``PackedTrees``.
+    """
+
+    starts: Any
+    rows: Any
+    offsets: Any
+    lengths: Any
+    firsts: Any
+    whole: Any
+    parents: Any
+    tokens: Any
 
 
 class TreePacker:
-    """Brings tree rows to the device.
+    """Brings a step's trees to the device, to the same addresses in every step.
 
     Args:
         device: where.
@@ -107,65 +156,91 @@ class TreePacker:
     """
 
     def __init__(self, device: torch.device, max_tokens: int, max_rows: int, max_nodes: int) -> None:
+        self._limits = (max_tokens, max_rows, max_nodes)
+        # rows are 64-bit numbers; the sections of which most is unused come last
+        sizes = (max_rows + 1, 2 * max_rows, max_rows + 1, *3 * (max_rows,), max_tokens, max_tokens)
+        starts = list(accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0))
+        self._buffer = HostBuffer(starts[-1], device)
+        self._sections = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self._there = _Sections(*(self._buffer.on_device[section] for section in self._sections))
+        # and what is written there
+        aligned_rows = -(-max_rows // ALIGNMENT) * ALIGNMENT
+        self._prefixes, self._stock_lens = torch.zeros((2, aligned_rows), dtype=torch.int32, device=device)
+        self._queries = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         words = -(-(max_nodes + 1) // WORD_BITS)
-        self._buffer = HostBuffer(max_tokens * (4 + words) + 6 * max_rows + 16 * ALIGNMENT, device)
+        self._mask = torch.zeros((max_tokens, words), dtype=torch.int32, device=device)
 
-    def __call__(self, trees: TreeRows) -> PackedTrees:
-        """The step's tree rows on the device. They are overwritten by the next step's."""
-        rows, packed = len(trees.rows), len(trees.tokens)
-        longest = int(trees.lengths.max())
-        words = -(-longest // WORD_BITS)
-        # 64-bit parts take two words each
-        sizes = (rows + 1, rows, rows, rows, 2 * rows, 2 * packed, 2 * packed, packed * words)
-        starts = np.zeros(len(sizes) + 1, np.int64)
-        np.cumsum([-(-size // ALIGNMENT) * ALIGNMENT for size in sizes], out=starts[1:])
-        total = int(starts[-1])
-        host = self._buffer.take(total)
-        parts = [host[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-        parts[0][:] = trees.offsets
-        parts[1][:] = trees.prefixes
-        parts[2][:] = trees.lengths
-        parts[3][:] = trees.tokens[trees.offsets[:-1]]
-        parts[4].view(np.int64)[:] = trees.rows
-        parts[5].view(np.int64)[:] = trees.tokens
-        parts[6].view(np.int64)[:] = trees.positions
-        pack_mask(trees.mask, trees.mask_offsets, trees.offsets, parts[7].view(np.uint32).reshape(packed, words))
-        sent = self._buffer.send(total)
-        offsets, prefixes, lengths, firsts, row_indices, tokens, positions, mask = (
-            sent[start : start + size] for start, size in zip(starts, sizes, strict=False)
+    def __call__(self, step: StepTrees, query_start: NDArray[np.int32], seq_lens: NDArray[np.int32]) -> DeviceTrees:
+        """The step's trees on the device. They are overwritten by the next step's.
+
+        Args:
+            step: the step's trees.
+            query_start: int32 [rows + 1 or more], each row's first token in the flattened batch.
+            seq_lens: int32 [rows or more], at least as many as each row's tokens after this step if every node were
+                accepted.
+
+        Raises:
+            ValueError: the step is larger than what the packer was made for.
+        """
+        rows, nodes = step.num_rows, len(step.tokens)
+        size = (nodes + rows, rows, int(np.diff(step.starts).max(initial=0)))
+        if any(part > most for part, most in zip(size, self._limits, strict=True)):
+            raise ValueError(f"a step of {size} tokens, rows and nodes of a tree, in a packer for {self._limits}")
+        host = self._buffer.take()
+        here, there = _Sections(*(host[section] for section in self._sections)), self._there
+        here.starts[: rows + 1], here.parents[:nodes], here.tokens[:nodes] = step.starts, step.parents, step.tokens
+        trees, packed, longest, longest_prefix, first, last = _lay_out(
+            step.branched,
+            step.starts,
+            query_start,
+            seq_lens,
+            here.rows.view(np.int64),
+            here.offsets,
+            here.lengths,
+            here.firsts,
+            here.whole,
         )
-        first, last = int(trees.tokens[0]), int(trees.tokens[-1])
-        return PackedTrees(
-            offsets=offsets,
-            prefixes=prefixes,
-            lengths=lengths,
-            firsts=firsts,
-            rows=row_indices.view(torch.int64),
-            tokens=tokens.view(torch.int64),
-            positions=positions.view(torch.int64),
-            mask=mask.view(packed, words),
-            on_host=trees,
-            longest=longest,
-            longest_prefix=int(trees.prefixes.max()),
-            span=slice(first, last + 1) if last - first + 1 == packed else None,
+        self._buffer.send(self._sections[-1].start + nodes)
+        return DeviceTrees(
+            starts=there.starts[: rows + 1],
+            tokens=there.tokens[:nodes],
+            parents=there.parents[:nodes],
+            packed=None
+            if trees == 0
+            else PackedTrees(
+                rows=there.rows.view(torch.int64)[:trees],
+                offsets=there.offsets[: trees + 1],
+                lengths=there.lengths[:trees],
+                firsts=there.firsts[:trees],
+                whole=there.whole[:trees],
+                prefixes=self._prefixes[:trees],
+                stock_lens=self._stock_lens[:trees],
+                tokens=self._queries[:packed],
+                mask=self._mask[:packed],
+                longest=longest,
+                longest_prefix=longest_prefix,
+                span=slice(first, last) if last - first == packed else None,
+            ),
         )
 
 
 @numba.njit(cache=True)
-def pack_mask(mask, mask_offsets, offsets, words):  # type: ignore[no-untyped-def]
-    """Squeeze boolean ancestor masks into words.
+def _lay_out(branched, starts, query_start, seq_lens, rows, offsets, lengths, firsts, whole):  # type: ignore[no-untyped-def]
+    """Write ``PackedTrees``' rows, offsets, lengths, firsts and whole.
 
-    Args:
-        mask: bool, see ``TreeRows``.
-        mask_offsets: int64 [rows + 1], see ``TreeRows``.
-        offsets: int64 [rows + 1], see ``TreeRows``.
-        words: uint32 [packed, words], written.
+    Returns:
+        How many rows and queries that are, the longest row, the longest prefix, the first query in the flattened batch,
+        and the one after the last.
     """
-    words[:] = 0
-    for r in range(len(offsets) - 1):
-        length = offsets[r + 1] - offsets[r]
-        for i in range(length):
-            sees = mask_offsets[r] + i * length
-            for j in range(i + 1):  # parents come before children
-                if mask[sees + j]:
-                    words[offsets[r] + i, j // 32] |= np.uint32(1 << (j % 32))
+    trees = packed = longest = longest_prefix = last = 0
+    offsets[0] = 0
+    for row in np.flatnonzero(branched):
+        length = starts[row + 1] - starts[row] + 1
+        last = query_start[row + 1]
+        rows[trees], lengths[trees], firsts[trees] = row, length, last - length
+        whole[trees] = query_start[row] == last - length
+        packed += length
+        trees += 1
+        offsets[trees] = packed
+        longest, longest_prefix = max(longest, length), max(longest_prefix, seq_lens[row] - length)
+    return trees, packed, longest, longest_prefix, firsts[0], last

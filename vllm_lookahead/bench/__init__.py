@@ -1,5 +1,5 @@
 """``vllm-lookahead bench``: programs that measure and print.
 
-Each engine lives in a process of its own (``engine.py``), driven over a pipe (``worker.py``). What is measured is data
-(``results.py``), from which alone tables (``tables.py``) and plots (``plot.py``) are made.
+Each engine lives in a process of its own (``engine.py``; ``engines.py`` starts it and asks it). A benchmark gives a
+table (``tables.py``), which is printed and goes into the result file beside the raw figures.
 """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +15,8 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from vllm_lookahead.bench.comparison import Comparison
+    from vllm_lookahead.bench.engines import EngineSettings
     from vllm_lookahead.bench.tables import Table
-    from vllm_lookahead.bench.worker import EngineSettings
 
 
 class RunByDefault(TyperGroup):
@@ -46,125 +47,74 @@ Prompts = Annotated[
         "HumanEval (prompt), Spec-Bench (turns) or ShareGPT (conversations)."
     ),
 ]
-NumPrompts = Annotated[
-    int, typer.Option(min=1, help="Prompts per round and batch size; a larger batch takes as many as it has places.")
-]
-Rotate = Annotated[bool, typer.Option("--rotate/--same-prompts", help="Use other prompts in each round.")]
-MaxTokens = Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")]
-StopAtEos = Annotated[bool, typer.Option("--stop-at-eos", help="Let answers end; else all have --max-tokens tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy; above, every request has its own seed.")]
-Seed = Annotated[int, typer.Option(help="Of the choice of prompts and of the requests.")]
 Rounds = Annotated[int, typer.Option(min=1, help="The methods take turns in each.")]
-Out = Annotated[Path, typer.Option(help="The result file (JSON). The plot goes beside it.")]
-Options = Annotated[str, typer.Option(metavar="JSON", help="Options of lookahead, like window_size.")]
-MethodNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method",
-        "-m",
-        help="stock, ngram, ngram-tuned, suffix, prompt_lookup, lookahead, or NAME=JSON with a speculative config. "
-        "Repeat the option, or separate bare names by commas. Default: all.",
-    ),
-]
+Out = Annotated[Path, typer.Option(help="The result file (JSON).")]
 
 
 @app.command()
 def run(
-    method: MethodNames = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="stock, ngram, ngram-tuned, suffix, prompt_lookup, lookahead, or NAME=JSON with a speculative config. "
+            "Repeat the option, or separate bare names by commas. Default: all.",
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Most requests at a time, several numbers.")] = "1,2,4,8,16,32,64",
+    temperature: Annotated[str, typer.Option(help="Several numbers. 0: greedy; above, requests have seeds.")] = "0",
     rounds: Rounds = 5,
     prompts: Prompts = "demo",
-    num_prompts: NumPrompts = 8,
-    rotate: Rotate = True,
-    max_tokens: MaxTokens = 256,
-    stop_at_eos: StopAtEos = False,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, help="Prompts per round; a larger batch takes as many as it has places.")
+    ] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 256,
+    stop_at_eos: Annotated[bool, typer.Option("--stop-at-eos", help="Let answers end before --max-tokens.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the choice of prompts and of the requests.")] = 0,
     model: Model = None,
     dtype: Dtype = "auto",
     eager: Eager = False,
     engine: EngineArguments = "{}",
     threads: Threads = None,
     logs: Logs = None,
-    starts: Annotated[int, typer.Option(min=1, help="Start each engine so often; the last start has warm caches.")] = 2,
-    profile: Annotated[bool, typer.Option("--profile/--no-profile", help="Also time the parts of a step.")] = True,
     out: Out = Path("out/bench-run.json"),
 ) -> None:
-    """Any set of methods side by side, by batch size: the main benchmark (default command)."""
-    from vllm_lookahead.bench import methods
-    from vllm_lookahead.bench.comparison import compare, progress
-    from vllm_lookahead.bench.results import Load
+    """Any set of methods side by side, by temperature and batch size: the main benchmark (default command)."""
+    from vllm_lookahead.bench import comparison, methods
+    from vllm_lookahead.bench.engines import engines
+    from vllm_lookahead.bench.prompts import PromptError, read_prompts
 
-    console, setting = _begin()
-    with _errors(console):
-        load = Load(
-            prompts=prompts,
-            batches=_numbers(batch, "--batch", least=1),
-            rounds=rounds,
-            per_round=num_prompts,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            ignore_eos=not stop_at_eos,
-            seed=seed,
-            rotate=rotate,
-        )
-        chosen = methods.parse(method or methods.STANDARD)
-        with progress(console) as say:
-            comparison = compare(
-                chosen,
-                [load],
-                _settings(model, dtype, eager, engine, threads, logs),
-                starts=starts,
-                profile=profile,
-                say=say,
-            )
-        _finish(console, "run", setting, comparison, out)
+    load = comparison.Load(
+        prompts=prompts,
+        batches=tuple(_numbers(batch, "--batch", int, least=1)),
+        temperatures=tuple(_numbers(temperature, "--temperature", float, least=0)),
+        rounds=rounds,
+        per_round=num_prompts,
+        max_tokens=max_tokens,
+        ignore_eos=not stop_at_eos,
+        seed=seed,
+    )
+    settings = _settings(model, dtype, eager, engine, threads, logs)
+    with _benchmark("run", out) as (say, finish):
+        chosen, texts = methods.parse(method or methods.STANDARD), read_prompts(prompts)
+        with engines(chosen, settings, say) as (asks, about):
+            first = next(iter(asks))
+            room = about[first]["engine"]["max_model_len"] - max_tokens
+            ids = [ids for ids in asks[first]("encode", prompts=texts) if 0 < len(ids) <= room]
+            if not ids:
+                raise PromptError(f"prompts: none of {len(texts)} has between 1 and {room} tokens")
+            found, failed = comparison.measure(asks, ids, load, say)
+        for name, reason in failed.items():
+            about[name]["failed"] = reason
+        table = comparison.table(found, load, about)
+        caption = finish(table, load=asdict(load), methods=about, measurements=[asdict(m) for m in found])
+        try:
+            from vllm_lookahead.bench import plot
 
-
-@app.command("tokens-per-step")
-def tokens_per_step(
-    max_draft_tokens: Annotated[int, typer.Option(min=1, help="Guesses per step, for every method.")] = 64,
-    options: Options = "{}",
-    temperature: Annotated[str, typer.Option(help="Several numbers; 0 is greedy.")] = "0,0.8",
-    batch: Annotated[int, typer.Option(min=1, help="Most requests at a time.")] = 8,
-    rounds: Rounds = 1,
-    prompts: Prompts = "demo",
-    num_prompts: NumPrompts = 16,
-    max_tokens: MaxTokens = 256,
-    stop_at_eos: StopAtEos = False,
-    seed: Seed = 0,
-    model: Model = None,
-    dtype: Dtype = "float32",
-    eager: Eager = False,
-    engine: EngineArguments = "{}",
-    threads: Threads = None,
-    logs: Logs = None,
-    out: Out = Path("out/bench-tokens-per-step.json"),
-) -> None:
-    """Lookahead alone, prompt lookup alone and both, with a fixed node budget: tokens per step, greedy and sampled."""
-    from dataclasses import replace
-
-    from vllm_lookahead.bench.comparison import compare, progress
-    from vllm_lookahead.bench.methods import tokens_per_step_methods
-    from vllm_lookahead.bench.results import Load
-
-    console, setting = _begin()
-    with _errors(console):
-        load = Load(
-            prompts=prompts,
-            batches=(batch,),
-            rounds=rounds,
-            per_round=num_prompts,
-            max_tokens=max_tokens,
-            ignore_eos=not stop_at_eos,
-            seed=seed,
-        )
-        loads = [replace(load, temperature=value) for value in _floats(temperature, "--temperature")]
-        methods = tokens_per_step_methods(max_draft_tokens, _json(options, "--options"))
-        with progress(console) as say:
-            settings = _settings(model, dtype, eager, engine, threads, logs)
-            comparison = compare(methods, loads, settings, profile=False, say=say)
-        _finish(console, "tokens-per-step", setting, comparison, out)
+            plot.draw(found, load, out.with_suffix(".png"), caption)
+        except ImportError:
+            say("no plot: matplotlib is not installed (pip install 'vllm-lookahead[bench]')")
 
 
 @app.command("step-cost")
@@ -173,8 +123,11 @@ def step_cost(
     batch: Annotated[str, typer.Option(help="Numbers of requests.")] = "1,4,16",
     context: Annotated[int, typer.Option(min=1, help="Length of the prompts, random tokens.")] = 300,
     steps: Annotated[int, typer.Option(min=4, help="Steps to time for each number of nodes.")] = 20,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time limit for each (4 steps at least).")] = 1.0,
     rounds: Rounds = 5,
+    stock_chain: Annotated[bool, typer.Option(help="Also stock vLLM verifying a chain.")] = True,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also print what takes longest (torch's profiler).")
+    ] = False,
     model: Model = None,
     dtype: Dtype = "auto",
     eager: Eager = False,
@@ -185,136 +138,78 @@ def step_cost(
 ) -> None:
     """Time per step against nodes and batch size: our chains and trees beside stock vLLM's verification of a chain."""
     from vllm_lookahead.bench import step_cost as cost
-    from vllm_lookahead.bench import worker
-    from vllm_lookahead.bench.comparison import progress
+    from vllm_lookahead.bench.engines import engines
 
-    console, setting = _begin()
-    sizes, batches = _numbers(nodes, "--nodes", least=0), _numbers(batch, "--batch", least=1)
-    room = max(batches) * (1 + max(sizes))
-    settings = _settings(model, dtype, eager, engine, threads, logs, max_num_batched_tokens=max(2048, room))
-    methods = cost.methods(max(1, *sizes))
-    with _errors(console):
-        with progress(console) as say, worker.engines(methods, settings, say=say) as started:
-            for name, reason in started.failed.items():
-                raise worker.EngineFailedError(f"{name}: {reason}")
+    sizes, batches = _numbers(nodes, "--nodes", int, least=0), _numbers(batch, "--batch", int, least=1)
+    room = max(2048, max(batches) * (1 + max(sizes)))
+    settings = _settings(model, dtype, eager, engine, threads, logs, max_num_batched_tokens=room)
+    with _benchmark("step-cost", out) as (say, finish):
+        chosen = [m for m in cost.methods(max(1, *sizes)) if stock_chain or m.name != cost.STOCK_CHAIN]
+        with engines(chosen, settings, say) as (asks, about):
             times = cost.measure(
-                started.workers,
+                asks,
                 nodes=sizes,
                 batches=batches,
                 rounds=rounds,
                 context=context,
                 steps=steps,
-                seconds=seconds,
                 say=say,
+                profile=profile,
             )
-            about = started.about(methods)
-        content = {"methods": about, "context": context, "steps": cost.to_json(times)}
-        _write(console, "step-cost", setting, content, out)
-        _show(console, cost.table(times, context))
+        finish(cost.table(times, context), methods=about, **asdict(times))
+        for time_ in times.times:
+            if time_.operators:
+                typer.echo(
+                    f"\n{time_.engine}, {time_.kind}, batch {time_.batch}, {time_.nodes} nodes\n{time_.operators}"
+                )
 
 
-@app.command()
-def branch(
-    every: Annotated[str, typer.Option(help="Evaluate the window in every k-th step, several k.")] = "1,2,4",
-    options: Options = "{}",
-    auto: Annotated[
-        bool, typer.Option("--auto", help="Let the budget controller decide, instead of a fixed budget.")
-    ] = (False),
-    batch: Annotated[str, typer.Option(help="Most requests at a time, several numbers.")] = "1,8",
-    rounds: Rounds = 5,
-    prompts: Prompts = "demo",
-    num_prompts: NumPrompts = 8,
-    max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    model: Model = None,
-    dtype: Dtype = "auto",
-    eager: Eager = False,
-    engine: EngineArguments = "{}",
-    threads: Threads = None,
-    logs: Logs = None,
-    out: Out = Path("out/bench-branch.json"),
-) -> None:
-    """Lookahead's branch fused, separate, and only in every k-th step: what each costs and brings."""
-    from vllm_lookahead.bench.comparison import compare, progress
-    from vllm_lookahead.bench.methods import branch_methods
-    from vllm_lookahead.bench.results import Load
-
-    console, setting = _begin()
-    with _errors(console):
-        load = Load(
-            prompts=prompts,
-            batches=_numbers(batch, "--batch", least=1),
-            rounds=rounds,
-            per_round=num_prompts,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-        methods = branch_methods(_numbers(every, "--every", least=1), _json(options, "--options"), fixed=not auto)
-        with progress(console) as say:
-            comparison = compare(methods, [load], _settings(model, dtype, eager, engine, threads, logs), say=say)
-        _finish(console, "branch", setting, comparison, out)
-
-
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(
-    url: Annotated[
-        list[str], typer.Option(help="A running server, http://HOST:PORT or NAME=http://HOST:PORT. May be repeated.")
-    ],
-    rate: Annotated[str, typer.Option(help="Requests per second, several numbers; inf: all at once.")] = "1,4,inf",
-    requests: Annotated[int, typer.Option(min=1, help="Requests per rate and round.")] = 32,
-    rounds: Rounds = 1,
+    options: typer.Context,
+    url: Annotated[list[str], typer.Option(help="A running server, NAME=http://HOST:PORT. The first is the baseline.")],
     prompts: Prompts = "demo",
-    max_tokens: MaxTokens = 256,
-    stop_at_eos: StopAtEos = False,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
+    rounds: Rounds = 3,
     out: Out = Path("out/bench-serve.json"),
 ) -> None:
-    """Drive running OpenAI servers at given request rates; several servers take turns with the same requests."""
-    from dataclasses import asdict
+    """Several running servers in turns, driven by ``vllm bench serve``, which gets all other options.
 
+    For example --request-rate 4 --num-prompts 32 --sharegpt-output-len 128 --temperature 0 --ignore-eos.
+    """
     from vllm_lookahead.bench import serve as serving
-    from vllm_lookahead.bench.comparison import progress
-    from vllm_lookahead.bench.prompts import order, read_prompts
+    from vllm_lookahead.bench.prompts import read_prompts
 
-    console, setting = _begin()
-    with _errors(console):
-        rates = [0.0 if value == float("inf") else value for value in _floats(rate, "--rate")]
-        available = read_prompts(prompts)
-        chosen = [available[i] for i in order(len(available), 0, 0, requests, rotate=False, seed=seed)]
-        traffic = serving.Traffic(requests, max_tokens, temperature, not stop_at_eos, seed)
-        servers = [serving.Server.parse(text) for text in url]
-        with progress(console) as say:
-            found = serving.drive(servers, chosen, rates, traffic, rounds, say)
-        content = {"prompts": prompts, "traffic": asdict(traffic), "results": serving.to_json(found)}
-        _write(console, "serve", setting, content, out)
-        _show(console, serving.table(found))
+    servers = {}
+    for text in url:
+        name, equals, address = text.partition("=")
+        if not equals or not address.startswith("http"):
+            raise typer.BadParameter(f"{text!r}: must be NAME=http://HOST:PORT", param_hint="--url")
+        servers[name] = address
+    with _benchmark("serve", out) as (say, finish):
+        found = serving.drive(servers, read_prompts(prompts), options.args, rounds, say)
+        finish(serving.table(found), results=found)
 
 
 @app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="A result file.", exists=True, dir_okay=False)],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Tables as Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False,
 ) -> None:
-    """Print the tables of a result file again."""
+    """Print the table of a result file again."""
     from vllm_lookahead.bench.machine import headline
+    from vllm_lookahead.bench.tables import Table
 
     try:
         data = json.loads(file.read_text())
-        found = list(_read_tables(data))
+        table = Table(**data["table"])
         lines = [headline(data), f"{data['date']}: {' '.join(data['command'])}"]
     except (ValueError, KeyError, TypeError) as error:
         raise typer.BadParameter(f"not a result file of this version: {error!r}", param_hint="FILE") from error
-    console = _console()
+    typer.echo("\n".join(lines))
     if markdown:
-        typer.echo("\n\n".join([*lines, *(table.markdown() for table in found)]))
-        return
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for table in found:
-        _show(console, table)
+        typer.echo("\n" + table.markdown())
+    else:
+        table.show(_console())
 
 
 # ---- what the commands share
@@ -326,24 +221,36 @@ def _console() -> Console:
     return usual if usual.is_terminal else Console(width=180)
 
 
-def _begin() -> tuple[Console, dict[str, Any]]:
-    """Where to print, and what is to be said about the machine before it is busy with us."""
-    from vllm_lookahead.bench.machine import describe
-
-    return _console(), describe()
-
-
 @contextmanager
-def _errors(console: Console) -> Iterator[None]:
-    """One line for what a user can put right, and status 2."""
+def _benchmark(kind: str, out: Path) -> Iterator[tuple[Callable[[str], None], Callable[..., str]]]:
+    """What every benchmark does: say what it is doing, and at the end write the result file and print the table.
+
+    What a user can put right ends in one line and status 2.
+
+    Yields:
+        ``say(text)``, and ``finish(table, **raw)``, which returns a line about the machine.
+    """
+    from vllm_lookahead.bench.engines import EngineFailedError
+    from vllm_lookahead.bench.machine import describe, headline
     from vllm_lookahead.bench.methods import MethodError
     from vllm_lookahead.bench.prompts import PromptError
     from vllm_lookahead.bench.serve import ServerError
-    from vllm_lookahead.bench.worker import EngineFailedError
     from vllm_lookahead.config import ConfigError
 
+    console, about, begin = _console(), describe(), time.monotonic()  # before the machine is busy with us
+
+    def say(text: str) -> None:
+        console.print(f"{time.monotonic() - begin:4.0f} s  {text}", style="dim", highlight=False, markup=False)
+
+    def finish(table: Table, **raw: Any) -> str:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"kind": kind, **about, "table": asdict(table), **raw}, indent=1) + "\n")
+        typer.echo(f"{headline(about)}\nresults: {out}\n")
+        table.show(console)
+        return headline(about)
+
     try:
-        yield
+        yield say, finish
     except (ConfigError, EngineFailedError, MethodError, PromptError, ServerError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
@@ -352,115 +259,31 @@ def _errors(console: Console) -> Iterator[None]:
 def _settings(
     model: str | None, dtype: str, eager: bool, engine: str, threads: int | None, logs: Path | None, **defaults: Any
 ) -> EngineSettings:
-    from vllm_lookahead.bench.worker import EngineSettings
+    from vllm_lookahead.bench.engines import EngineSettings
     from vllm_lookahead.demo.run import MODEL
 
+    try:
+        given = json.loads(engine)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"not JSON: {error}", param_hint="--engine") from error
+    if not isinstance(given, dict):
+        raise typer.BadParameter("must be a JSON object", param_hint="--engine")
     arguments = {
         "dtype": dtype,
         "enforce_eager": eager,
         "enable_prefix_caching": False,  # prompts come again in every round; their prefill shall cost what it costs
         "seed": 0,
         **defaults,
-        **_json(engine, "--engine"),
+        **given,
     }
     return EngineSettings(model or MODEL, arguments, threads, logs)
 
 
-def _tables(kind: str, comparison: Comparison) -> Iterator[Table]:
-    from vllm_lookahead.bench import tables
-
-    if kind == "tokens-per-step":
-        yield tables.tokens_per_step(comparison.results)
-        return
-    for results in comparison.results:
-        yield tables.speed(results)
-        best = tables.against_best_stock(results, comparison.methods)
-        if best is not None:
-            yield best
-        split = tables.time_split(results)
-        if split is not None:
-            yield split
-        yield tables.start_up(comparison.methods, results.baseline)
-
-
-def _read_tables(data: dict[str, Any]) -> Iterator[Table]:
-    """The tables of a result file's content."""
-    from vllm_lookahead.bench import serve as serving
-    from vllm_lookahead.bench import step_cost as cost
-    from vllm_lookahead.bench.comparison import Comparison
-
-    if data["kind"] == "step-cost":
-        yield cost.table(cost.from_json(data["steps"]), data["context"])
-    elif data["kind"] == "serve":
-        yield serving.table(serving.from_json(data["results"]))
-    else:
-        yield from _tables(data["kind"], Comparison.from_json(data))
-
-
-def _finish(console: Console, kind: str, setting: dict[str, Any], comparison: Comparison, out: Path) -> None:
-    """Write the result file and the plot, print the tables and what was left out."""
-    from vllm_lookahead.bench import plot, tables
-    from vllm_lookahead.bench.machine import headline
-
-    _write(console, kind, setting, comparison.to_json(), out)
-    for table in _tables(kind, comparison):
-        _show(console, table)
-    for line in tables.left_out(comparison.methods):
-        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if kind == "tokens-per-step":
-        return
-    if not plot.available():
-        console.print(plot.MISSING, markup=False, highlight=False)
-    elif comparison.results[0].measurements:
-        picture = out.with_suffix(".png")
-        plot.draw(comparison.results[0], picture, headline(setting))
-        console.print(f"plot: {picture}", markup=False, highlight=False)
-
-
-def _write(console: Console, kind: str, setting: dict[str, Any], content: dict[str, Any], out: Path) -> None:
-    """Write a result file; say where it is, and where the figures come from."""
-    from vllm_lookahead.bench.machine import headline
-    from vllm_lookahead.bench.results import save
-
-    save(out, kind, setting, content)
-    console.print(headline(setting), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"results: {out}", markup=False, highlight=False)
-
-
-def _show(console: Console, table: Table) -> None:
-    console.print()
-    table.show(console)
-
-
-def _json(text: str, option: str) -> dict[str, Any]:
+def _numbers(text: str, option: str, kind: Callable[[str], Any], *, least: int) -> list[Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint=option) from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint=option)
-    return value
-
-
-def _numbers(text: str, option: str, *, least: int) -> tuple[int, ...]:
-    values = _parse(text, option, int)
-    if min(values) < least:
-        raise typer.BadParameter(f"{min(values)}: at least {least}", param_hint=option)
-    return tuple(sorted(set(values)))
-
-
-def _floats(text: str, option: str) -> list[float]:
-    values = _parse(text, option, float)
-    if min(values) < 0.0:
-        raise typer.BadParameter(f"{min(values):g}: at least 0", param_hint=option)
-    return values
-
-
-def _parse(text: str, option: str, kind: Callable[[str], Any]) -> list[Any]:
-    try:
-        values = [kind(part) for part in text.split(",") if part.strip()]
+        values = sorted({kind(part) for part in text.split(",") if part.strip()})
     except ValueError:
         values = []
-    if not values:
-        raise typer.BadParameter(f"{text!r}: numbers separated by commas", param_hint=option)
+    if not values or values[0] < least:
+        raise typer.BadParameter(f"{text!r}: numbers from {least} on, separated by commas", param_hint=option)
     return values

@@ -1,77 +1,70 @@
-"""One engine under measurement, in a process of its own: ``python -m vllm_lookahead.bench.engine LOG``.
+"""One engine under measurement: what runs in its process, where ``engines.py`` calls it.
 
-Reads commands from its standard input and answers on its standard output, one JSON object per line; what vLLM prints
-goes to the log. The engine core runs in this same process (VLLM_ENABLE_V1_MULTIPROCESSING=0): it computes only while a
-command is being carried out, and its model runner can be watched.
+The engine core runs in this same process (VLLM_ENABLE_V1_MULTIPROCESSING=0): it computes only while it is asked to.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-import json
-import os
-import sys
 import time
-import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_lookahead.bench import junk_chain
-from vllm_lookahead.bench.stats import Latency
-from vllm_lookahead.bench.watch import NodeCounter, StepTimers
+from vllm_lookahead.bench.prompts import Prompt
 
 
 class Engine:
-    """A ``vllm.LLM`` and what can be asked of it. Every public method is a command; arguments and answers are JSON."""
+    """A ``vllm.LLM`` and what can be asked of it. What comes and goes is plain data."""
 
-    def __init__(self) -> None:
-        self.llm: Any = None
-        self.nodes = NodeCounter()
-
-    # ---- commands
-
-    def start(
-        self,
-        model: str,
-        speculative_config: dict[str, Any] | None,
-        arguments: dict[str, Any],
-        imports: Sequence[str] = (),
-    ) -> dict[str, Any]:
-        """Build the engine."""
+    def __init__(
+        self, model: str, speculative_config: dict[str, Any] | None, arguments: dict[str, Any], imports: Sequence[str]
+    ) -> None:
         for module in imports:
             importlib.import_module(module)
-        import torch
         from vllm import LLM
 
         self.llm = LLM(model, speculative_config=speculative_config, **arguments)
-        self.nodes.attach(self._runner)
+        self.nodes = 0
+        self._count_nodes()
+
+    @property
+    def runner(self) -> Any:
+        """The model runner, or None where it lives in another process."""
+        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
+        driver = getattr(getattr(core, "model_executor", None), "driver_worker", None)
+        return getattr(getattr(driver, "worker", None), "model_runner", None)
+
+    def info(self) -> dict[str, Any]:
+        """What the engine made of its settings."""
+        import torch
+
         config = self.llm.llm_engine.vllm_config
         return {
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "max_model_len": config.model_config.max_model_len,
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-            "max_num_seqs": config.scheduler_config.max_num_seqs,
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "compilation": str(config.compilation_config.mode),
-            "runner": type(self._runner).__name__,
+            "cudagraphs": str(config.compilation_config.cudagraph_mode),
+            "runner": type(self.runner).__name__,
             "threads": torch.get_num_threads(),
         }
 
-    def encode(self, prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Prompts (the fields of ``prompts.Prompt``) as token ids, chats through the chat template if there is one."""
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Prompts as token ids, chats through the chat template if there is one."""
         tokenizer = self.llm.get_tokenizer()
         ids = []
         for prompt in prompts:
-            text = prompt["text"]
-            if prompt["chat"] and getattr(tokenizer, "chat_template", None):
-                messages = [{"role": "user", "content": text}]
+            if prompt.chat and getattr(tokenizer, "chat_template", None):
+                messages = [{"role": "user", "content": prompt.text}]
                 text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
                 ids.append(list(tokenizer.encode(text, add_special_tokens=False)))
             else:
-                ids.append(list(tokenizer.encode(text)))
-        return {"ids": ids}
+                ids.append(list(tokenizer.encode(prompt.text)))
+        return ids
 
     def generate(
         self,
@@ -81,7 +74,6 @@ class Engine:
         temperature: float = 0.0,
         seeds: Sequence[int] = (),
         ignore_eos: bool = True,
-        profile: bool = False,
     ) -> dict[str, Any]:
         """Continue all prompts with ``batch`` of them in the engine at a time: one ends, the next one enters.
 
@@ -92,18 +84,49 @@ class Engine:
             temperature: 0 is greedy.
             seeds: one per prompt, for sampling.
             ignore_eos: always generate ``max_tokens``.
-            profile: also time the parts of each step (this costs a little).
+
+        Returns:
+            ``outputs`` and ``seconds`` for all of it; of decoding, ``request_steps`` (steps in which a request got
+            tokens), ``nodes`` verified, and ``ms_per_step`` of steps that only decode.
         """
-        params = [
-            self._params(max_tokens, temperature, seeds[i] if temperature else None, ignore_eos)
-            for i in range(len(prompts))
-        ]
-        timers = StepTimers()
-        with timers.on(self._runner) if profile else _nothing():
-            return self._run(prompts, params, batch, timers)
+        engine = self.llm.llm_engine
+        waiting = deque(range(len(prompts)))
+        outputs: list[list[int]] = [[] for _ in prompts]
+        started = set[int]()  # running requests that have their first token
+        running, request_steps, decode_steps, decode_seconds = 0, 0, 0, 0.0
+        self.nodes = 0
+        start = time.perf_counter()
+        while waiting or running:
+            while waiting and running < batch:
+                i = waiting.popleft()
+                params = self._params(max_tokens, temperature, seeds[i] if temperature else None, ignore_eos)
+                engine.add_request(str(i), {"prompt_token_ids": list(prompts[i])}, params)
+                running += 1
+            decoding = len(started) == running
+            begin = time.perf_counter()
+            results = engine.step()
+            if decoding:
+                decode_seconds += time.perf_counter() - begin
+                decode_steps += bool(results)  # with asynchronous scheduling a call may return nothing
+            for result in results:
+                i, tokens = int(result.request_id), result.outputs[0].token_ids
+                if tokens:
+                    request_steps += i in started
+                    started.add(i)
+                    outputs[i].extend(tokens)
+                if result.finished:
+                    running -= 1
+                    started.discard(i)
+        return {
+            "seconds": time.perf_counter() - start,
+            "outputs": outputs,
+            "request_steps": request_steps,
+            "nodes": self.nodes,
+            "ms_per_step": 1e3 * decode_seconds / max(1, decode_steps),
+        }
 
     def step_times(
-        self, batch: int, context: int, shapes: Sequence[tuple[int, str]], steps: int, seconds: float
+        self, batch: int, context: int, shapes: Sequence[tuple[int, str]], steps: int, profile: bool = False
     ) -> dict[str, Any]:
         """Time steps that verify junk (``junk_chain``): ``batch`` requests, for each shape the same ones.
 
@@ -112,15 +135,23 @@ class Engine:
             context: length of their prompts, random tokens.
             shapes: nodes per request, and "chain" or "tree".
             steps: how many to time for each shape.
-            seconds: a shape's time limit; at least 4 steps are timed.
+            profile: also list the operators (kernels, on a GPU) that take longest, from steps of their own.
+
+        Returns:
+            ``step_ms``: for each shape, the time from tokens to tokens, ``steps`` times; ``prefill_ms`` of all prompts
+            together; ``asked``, ``verified`` and ``accepted`` nodes; ``operators``, a text for each shape.
         """
         import numpy as np
+        import torch
 
-        engine, warm_up, least = self.llm.llm_engine, 3, 4
-        vocabulary = self.llm.llm_engine.vllm_config.model_config.get_vocab_size()
-        rng = np.random.default_rng(0)
+        engine, warm_up, profiled = self.llm.llm_engine, 4, 5
+        config = engine.vllm_config.model_config
+        vocabulary, rng = config.get_vocab_size(), np.random.default_rng(0)
         junk_chain.choose(0, "chain", vocabulary)
-        params = self._params(len(shapes) * (steps + warm_up) + 64, 0.0, None, True)
+        most = len(shapes) * (steps + warm_up + profiled) + 64
+        if context + most + max(nodes for nodes, _ in shapes) > config.max_model_len:
+            raise ValueError(f"a context of {context} and {most} steps need more than {config.max_model_len} positions")
+        params = self._params(most, 0.0, None, True)
         names = [f"step-{i}" for i in range(batch)]
         for name in names:
             tokens = rng.integers(vocabulary // 16, vocabulary // 2, context).tolist()
@@ -128,40 +159,54 @@ class Engine:
         begin, started = time.perf_counter(), set[str]()
         while len(started) < batch:
             started |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
-        prefill = time.perf_counter() - begin
-        times: list[list[float]] = []
-        emitted, asked = 0, 0
-        self.nodes.reset()
+        found: dict[str, Any] = {"prefill_ms": 1e3 * (time.perf_counter() - begin), "step_ms": [], "operators": []}
+        rows = emitted = asked = 0
+        self.nodes = 0
+
+        def step() -> float:
+            nonlocal rows, emitted
+            begin = time.perf_counter()
+            while not (outputs := engine.step()):
+                pass
+            rows += len(outputs)
+            emitted += sum(len(output.outputs[0].token_ids) for output in outputs)
+            return 1e3 * (time.perf_counter() - begin)
+
         for nodes, kind in shapes:
             junk_chain.choose(nodes, kind, vocabulary)
-            for _ in range(warm_up):  # the first step verifies what was proposed for the shape before
-                emitted += _emitted(engine.step())
-            spent: list[float] = []
-            while len(spent) < steps and (len(spent) < least or sum(spent) < seconds):
-                begin = time.perf_counter()
-                outputs = engine.step()
-                spent.append(time.perf_counter() - begin)
-                emitted += _emitted(outputs)
-            times.append([1e3 * value for value in spent])
-            asked += batch * nodes * (warm_up + len(spent))
-        rows = batch * sum(len(spent) + warm_up for spent in times)
+            for _ in range(warm_up):  # the first steps verify what was proposed for the shape before
+                step()
+            found["step_ms"].append([step() for _ in range(steps)])
+            asked += batch * nodes * (warm_up + steps)
+            if profile:
+                with torch.profiler.profile() as profiler:
+                    for _ in range(profiled):
+                        step()
+                asked += batch * nodes * profiled
+                where = "cuda" if torch.cuda.is_available() else "cpu"
+                averages = profiler.key_averages()
+                found["operators"].append(averages.table(sort_by=f"self_{where}_time_total", row_limit=25))
         engine.abort_request(names)
-        return {
-            "prefill_ms": 1e3 * prefill,
-            "step_ms": times,
-            "accepted": emitted - rows,
-            "asked": asked,
-            "nodes": self.nodes.nodes,
-        }
+        while engine.has_unfinished_requests():
+            engine.step()
+        return {**found, "asked": asked, "verified": self.nodes, "accepted": emitted - rows}
 
-    # ---- how
+    def _count_nodes(self) -> None:
+        """Count the draft nodes that steps are prepared for. Costs about a microsecond per step.
 
-    @property
-    def _runner(self) -> Any:
-        """The model runner, or None where it lives in another process."""
-        core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)
-        driver = getattr(getattr(core, "model_executor", None), "driver_worker", None)
-        return getattr(getattr(driver, "worker", None), "model_runner", None)
+        Not what the scheduler hands out: with asynchronous scheduling that is places, of which our runner uses some.
+        """
+        if self.runner is None:
+            return
+        name = "prepare_inputs" if hasattr(self.runner, "prepare_inputs") else "_prepare_inputs"  # V2, V1
+        prepare = getattr(self.runner, name)
+
+        @functools.wraps(prepare)
+        def counted(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self.nodes += sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+            return prepare(scheduler_output, *args, **kwargs)
+
+        setattr(self.runner, name, counted)
 
     def _params(self, max_tokens: int, temperature: float, seed: int | None, ignore_eos: bool) -> Any:
         from vllm import SamplingParams
@@ -172,99 +217,6 @@ class Engine:
             seed=seed,
             max_tokens=max_tokens,
             ignore_eos=ignore_eos,
+            detokenize=not self.llm.llm_engine.vllm_config.model_config.skip_tokenizer_init,
             output_kind=RequestOutputKind.DELTA,
         )
-
-    def _run(
-        self, prompts: Sequence[Sequence[int]], params: Sequence[Any], batch: int, timers: StepTimers
-    ) -> dict[str, Any]:
-        engine = self.llm.llm_engine
-        waiting = deque(range(len(prompts)))
-        outputs: list[list[int]] = [[] for _ in prompts]
-        last: dict[int, float] = {}  # when a running request got its last tokens
-        running = 0
-        pauses: list[tuple[float, int]] = []
-        steps, decode_steps, decode_seconds = 0, 0, 0.0
-        self.nodes.reset()
-        start = time.perf_counter()
-        while waiting or running:
-            while waiting and running < batch:
-                i = waiting.popleft()
-                engine.add_request(str(i), {"prompt_token_ids": list(prompts[i])}, params[i])
-                running += 1
-            decoding = len(last) == running
-            begin = time.perf_counter()
-            results = engine.step()
-            now = time.perf_counter()
-            steps += 1
-            if decoding:
-                decode_steps += 1
-                decode_seconds += now - begin
-            timers.end_step(now - begin, counts=decoding)
-            for result in results:
-                i, tokens = int(result.request_id), result.outputs[0].token_ids
-                if tokens:
-                    if i in last:
-                        pauses.append((now - last[i], len(tokens)))
-                    last[i] = now
-                    outputs[i].extend(tokens)
-                if result.finished:
-                    running -= 1
-                    last.pop(i, None)
-        seconds = time.perf_counter() - start
-        latency = Latency.of(pauses)
-        return {
-            "seconds": seconds,
-            "outputs": outputs,
-            "request_steps": len(pauses),
-            "nodes": self.nodes.nodes,
-            "steps": steps,
-            "decode_steps": decode_steps,
-            "decode_seconds": decode_seconds,
-            "itl_p50_ms": latency.itl_p50,
-            "itl_p99_ms": latency.itl_p99,
-            "pause_p50_ms": latency.pause_p50,
-            "pause_p99_ms": latency.pause_p99,
-            "profile": timers.report(),
-        }
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _emitted(outputs: Sequence[Any]) -> int:
-    return sum(len(output.outputs[0].token_ids) for output in outputs)
-
-
-def serve(engine: Engine, commands: Any, answers: Any) -> None:
-    """Carry out one command after the other, until there are no more."""
-    for line in commands:
-        request = json.loads(line)
-        try:
-            answer = {"answer": getattr(engine, request["command"])(**request["arguments"])}
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def main(log_path: str) -> None:
-    """Keep the pipes for commands and answers, and give everybody else the log."""
-    with (
-        os.fdopen(os.dup(0)) as commands,
-        os.fdopen(os.dup(1), "w") as answers,
-        open(log_path, "a") as log,
-        open(os.devnull) as nothing,
-    ):
-        for stream in (commands, answers):
-            os.set_inheritable(stream.fileno(), False)
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        serve(Engine(), commands, answers)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

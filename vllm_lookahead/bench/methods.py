@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_lookahead.config import LookaheadConfig, method_names, requested_method
+from vllm_lookahead.config import method_names, requested_method
 
 BASELINE = "stock"
 
@@ -54,27 +54,6 @@ class Method:
         return None
 
 
-def named(name: str) -> Method:
-    """The method that goes by a bare name: one of vLLM's in ``STOCK`` or one of ours.
-
-    Raises:
-        MethodError: there is none.
-    """
-    bare = name.strip().removeprefix("[").removesuffix("]")
-    if bare in STOCK:
-        return Method(bare, STOCK[bare], plugin=False)
-    if bare in method_names():
-        return Method(bare, {"method": bare}, plugin=True)
-    known = ", ".join([*STOCK, *sorted(method_names())])
-    raise MethodError(f"unknown method {name!r}: known are {known}, and NAME=JSON with a speculative config")
-
-
-def configured(name: str, config: dict[str, Any] | None) -> Method:
-    """A method with its own settings."""
-    ours = config is not None and requested_method(config, method_names(), ()) is not None
-    return Method(name, config, plugin=ours)
-
-
 def parse(values: Iterable[str]) -> list[Method]:
     """Methods as they are typed: bare names, several separated by commas, or ``NAME=JSON``.
 
@@ -85,7 +64,7 @@ def parse(values: Iterable[str]) -> list[Method]:
     for value in values:
         name, equals, text = value.partition("=")
         if not equals:
-            methods += [named(bare) for bare in value.split(",") if bare.strip()]
+            methods += [_named(bare) for bare in value.split(",") if bare.strip()]
             continue
         try:
             config = json.loads(text)
@@ -93,48 +72,21 @@ def parse(values: Iterable[str]) -> list[Method]:
             raise MethodError(f"method {name!r}: not JSON: {error}") from error
         if not isinstance(config, dict | None) or not name:
             raise MethodError(f"method {value!r}: must be NAME={{...}} with a speculative config, or NAME=null")
-        methods.append(configured(name, config))
-    twice = sorted({m.name for m in methods if sum(m.name == other.name for other in methods) > 1})
-    if twice:
-        raise MethodError(f"method {twice[0]!r} is named twice: give one of them another name, as NAME=JSON")
+        ours = config is not None and requested_method(config, method_names(), ()) is not None
+        methods.append(Method(name, config, plugin=ours))
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise MethodError(f"method {name!r} is named twice: give one of them another name, as NAME=JSON")
     return methods
 
 
-def tokens_per_step_methods(max_draft_tokens: int, options: dict[str, Any]) -> list[Method]:
-    """Lookahead alone, prompt lookup alone, both: all with the same number of guesses.
-
-    Args:
-        max_draft_tokens: guesses per step.
-        options: of lookahead (window_size, ngram_size, ...).
-    """
-    ours = {"method": "lookahead", **options, "max_draft_tokens": max_draft_tokens}
-    lookup = {"method": "prompt_lookup", "max_draft_tokens": max_draft_tokens}
-    return [
-        named(BASELINE),
-        Method("prompt lookup alone", with_fixed_budget(lookup), plugin=True),
-        Method("lookahead alone", with_fixed_budget({**ours, "prompt_lookup": False}), plugin=True),
-        Method("both", with_fixed_budget({**ours, "prompt_lookup": True}), plugin=True),
-    ]
-
-
-def branch_methods(every: Sequence[int], options: dict[str, Any], *, fixed: bool) -> list[Method]:
-    """Lookahead with its branch fused and separate, in every step and in every k-th.
-
-    Args:
-        every: the k's.
-        options: of lookahead.
-        fixed: verify and evaluate whatever there is, so that all do the same; else the budget controller decides.
-    """
-    methods = [named(BASELINE)]
-    for where in ("fused", "separate"):
-        for k in every:
-            config = {"method": "lookahead", **options, "branch": where, "branch_every": k}
-            name = where if k == 1 else f"{where}, every {k}"
-            methods.append(Method(name, with_fixed_budget(config) if fixed else config, plugin=True))
-    return methods
-
-
-def with_fixed_budget(settings: dict[str, Any]) -> dict[str, Any]:
-    """One of our speculative configs, verifying in every step as many nodes as its tree can have."""
-    options = {key: value for key, value in settings.items() if key != "method"}
-    return {**settings, "budget": LookaheadConfig.parse(settings["method"], options).num_speculative_tokens}
+def _named(name: str) -> Method:
+    """The method that goes by a bare name: one of vLLM's in ``STOCK`` or one of ours."""
+    bare = name.strip().removeprefix("[").removesuffix("]")
+    if bare in STOCK:
+        return Method(bare, STOCK[bare], plugin=False)
+    if bare in method_names():
+        return Method(bare, {"method": bare}, plugin=True)
+    known = ", ".join([*STOCK, *sorted(method_names())])
+    raise MethodError(f"unknown method {name!r}: known are {known}, and NAME=JSON with a speculative config")

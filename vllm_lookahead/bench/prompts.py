@@ -6,7 +6,7 @@ import gzip
 import json
 import random
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def read_prompts(source: str) -> list[Prompt]:
         source: "demo", "random", or the path of a file: JSONL, a JSON array, either of them gzipped.
 
     Raises:
-        PromptError: there are none.
+        PromptError: there are none, or a record has none of the known fields.
     """
     if source == DEMO:
         from vllm_lookahead.demo.run import load_prompts
@@ -43,7 +43,16 @@ def read_prompts(source: str) -> list[Prompt]:
         return [Prompt(prompt.text, prompt.kind == "chat") for prompt in load_prompts()]
     if source == RANDOM:
         return random_words(RANDOM_PROMPTS, RANDOM_WORDS)
-    return read_file(Path(source))
+    path = Path(source)
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"prompts: can't read {path}: {error}") from error
+    prompts = [prompt for where, record in _records(path, text) for prompt in _parse(f"{path}, {where}", record)]
+    if not prompts:
+        raise PromptError(f"prompts: {path} holds none")
+    return prompts
 
 
 def random_words(count: int, length: int, seed: int = 0) -> list[Prompt]:
@@ -54,23 +63,6 @@ def random_words(count: int, length: int, seed: int = 0) -> list[Prompt]:
         return "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 9)))
 
     return [Prompt(" ".join(word() for _ in range(length))) for _ in range(count)]
-
-
-def read_file(path: Path) -> list[Prompt]:
-    """The prompts of a file.
-
-    Raises:
-        PromptError: it can't be read, or a record has none of the known fields.
-    """
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"prompts: can't read {path}: {error}") from error
-    prompts = [prompt for where, record in _records(path, text) for prompt in _parse(f"{path}, {where}", record)]
-    if not prompts:
-        raise PromptError(f"prompts: {path} holds none")
-    return prompts
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -88,35 +80,29 @@ def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _parse(where: str, record: Any) -> Iterator[Prompt]:
     """The prompt of one record; none if it is a conversation in which no user speaks (ShareGPT has some)."""
-    if isinstance(record, dict):
-        turns, conversation, prompt = (record.get(key) for key in ("turns", "conversations", "prompt"))
-        if isinstance(turns, list) and turns and isinstance(turns[0], str):
-            yield Prompt(turns[0], chat=True)
-            return
-        if isinstance(conversation, list):
+    match record:
+        case {"turns": [str(first), *_]}:
+            yield Prompt(first, chat=True)
+        case {"conversations": list(conversation)}:
             said = (turn.get("value") for turn in conversation if turn.get("from") in ("human", "user"))
             yield from (Prompt(text, chat=True) for text in list(said)[:1] if text)
-            return
-        if isinstance(prompt, str):
+        case {"prompt": str(prompt)}:
             yield Prompt(prompt)
-            return
-    raise PromptError(
-        f"prompts: {where}: no usable field; known are 'prompt' (text to continue: HumanEval), 'turns' (list of "
-        "messages, the first is used: Spec-Bench) and 'conversations' (list of {'from', 'value'}: ShareGPT)"
-    )
+        case _:
+            raise PromptError(
+                f"prompts: {where}: no usable field; known are 'prompt' (text to continue: HumanEval), 'turns' (list "
+                "of messages, the first is used: Spec-Bench) and 'conversations' (list of {'from', 'value'}: ShareGPT)"
+            )
 
 
-def order(available: int, round_number: int, per_round: int, needed: int, *, rotate: bool, seed: int = 0) -> list[int]:
-    """Which prompts a round uses, as indices: shuffled once, so that a few of them stand for the whole file.
+def order(available: int, start: int, needed: int, seed: int = 0) -> list[int]:
+    """Indices of prompts, shuffled once, so that a few of them stand for the whole file.
 
     Args:
         available: how many there are.
-        round_number: from 0.
-        per_round: how far the next round moves on, if ``rotate``.
+        start: where to begin: rounds that use other prompts begin further on.
         needed: how many indices to return. A smaller number gives a prefix; they repeat if there aren't enough.
-        rotate: each round uses other prompts.
         seed: of the shuffle.
     """
-    shuffled: Sequence[int] = random.Random(seed).sample(range(available), available)
-    start = round_number * per_round if rotate else 0
+    shuffled = random.Random(seed).sample(range(available), available)
     return [shuffled[(start + i) % available] for i in range(needed)]

@@ -5,16 +5,14 @@ Nothing is ever accepted (``junk_chain``), so that every step does the same work
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 
 from vllm_lookahead.bench import junk_chain
-from vllm_lookahead.bench.measure import Answers
+from vllm_lookahead.bench.engines import Ask, Say
 from vllm_lookahead.bench.methods import BASELINE, Method
-from vllm_lookahead.bench.stats import Spread, ratios
-from vllm_lookahead.bench.tables import Table
-from vllm_lookahead.bench.worker import Say, silent
+from vllm_lookahead.bench.tables import Table, spread
 
 STOCK_CHAIN, OURS = "stock chain", "ours"
 MOST_STOCK_NODES = 128
@@ -31,6 +29,7 @@ class StepTime:
         engine: ``BASELINE`` (no speculative config), ``STOCK_CHAIN`` or ``OURS``.
         kind: "chain" or "tree"; "prefill" for all prompts of the batch together.
         nodes: per request.
+        operators: what took longest, as torch's profiler prints it; empty unless asked for.
     """
 
     engine: str
@@ -39,22 +38,17 @@ class StepTime:
     nodes: int
     round: int
     ms: float
+    operators: str = ""
 
 
 @dataclass
 class StepTimes:
-    """All times, and whether the steps did what they should.
-
-    Attributes:
-        times: every round.
-        accepted: draft tokens that were accepted. Should be 0: an accepted token is one that junk got right.
-        asked, verified: draft nodes proposed, and those that the scheduler let through.
-    """
+    """All times, and whether the steps did what they should: junk nodes asked for, verified, accepted (by luck)."""
 
     times: list[StepTime] = field(default_factory=list)
-    accepted: int = 0
     asked: int = 0
     verified: int = 0
+    accepted: int = 0
 
     @property
     def warning(self) -> str | None:
@@ -68,7 +62,7 @@ class StepTimes:
 
 def methods(nodes: int) -> list[Method]:
     """The three engines, for at most so many nodes."""
-    chain = {"method": "custom_class", "model": junk_chain.STOCK_CHAIN, "num_speculative_tokens": nodes}
+    chain = {"method": "custom_class", "model": junk_chain.STOCK_CHAIN}
     tree = {"method": JUNK_METHOD, "max_draft_tokens": nodes, "num_speculative_tokens": nodes, "budget": nodes}
     return [
         Method(BASELINE, None, plugin=False),
@@ -87,102 +81,86 @@ def shapes(engine: str, nodes: Sequence[int]) -> list[tuple[int, str]]:
 
 
 def measure(
-    workers: Mapping[str, Answers],
+    engines: Mapping[str, Ask],
     *,
     nodes: Sequence[int],
     batches: Sequence[int],
     rounds: int,
     context: int,
     steps: int,
-    seconds: float,
-    say: Say = silent,
+    say: Say,
+    profile: bool = False,
 ) -> StepTimes:
-    """Time the engines in turns.
+    """Time the engines in turns, after a round that warms up.
 
     Args:
-        workers: by name, as in ``methods``.
+        engines: by name, as in ``methods``.
         nodes: per request.
         batches: numbers of requests.
         rounds: how often.
         context: length of the prompts.
         steps: to time for each number of nodes.
-        seconds: time limit for each.
         say: is told before each measurement.
+        profile: list the operators that take longest, in the last round.
     """
-    names, found = list(workers), StepTimes()
-    for number in range(-1, rounds):  # the first time warms up
+    names, found = list(engines), StepTimes()
+    for number in range(-1, rounds):
         for batch in batches:
+            say(f"round {number + 1} of {rounds}, batch {batch}" if number >= 0 else "warm-up")
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                say(f"round {number + 1} of {rounds}, batch {batch}" if number >= 0 else "warm-up", name)
                 chosen = shapes(name, nodes)
-                few = number < 0
-                answer = workers[name].call(
+                answer = engines[name](
                     "step_times",
                     batch=batch,
                     context=context,
                     shapes=chosen,
-                    steps=2 if few else steps,
-                    seconds=0.0 if few else seconds,
+                    steps=2 if number < 0 else steps,
+                    profile=profile and number == rounds - 1,
                 )
-                if few:
+                if number < 0:
                     continue
                 found.times.append(StepTime(name, "prefill", batch, 0, number, answer["prefill_ms"]))
+                texts = answer["operators"] or [""] * len(chosen)
                 found.times += [
-                    StepTime(name, kind, batch, n, number, Spread.of(ms).median)
-                    for (n, kind), ms in zip(chosen, answer["step_ms"], strict=True)
+                    StepTime(name, kind, batch, n, number, median(ms), text)
+                    for (n, kind), ms, text in zip(chosen, answer["step_ms"], texts, strict=True)
                 ]
                 found.accepted += answer["accepted"]
-                found.verified += answer["nodes"]
+                found.verified += answer["verified"]
                 found.asked += answer["asked"]
     return found
 
 
 def table(measured: StepTimes, context: int) -> Table:
     """Rows by batch size and nodes; ratios round by round."""
+    chains = any(t.engine == STOCK_CHAIN for t in measured.times)
     result = Table(
         f"time per step, in ms, by nodes per request; context {context}",
         ["batch", "nodes", "stock", "ours, chain", "ratio", "ours, tree", "ratio"],
         notes=[
             "prefill and 0 nodes: stock without speculation against our engine with nothing drafted; else stock "
-            "verifies a chain of as many tokens (custom_class). Medians (min - max) of the rounds",
+            "verifies a chain of as many tokens (custom_class)"
+            if chains
+            else "stock: without speculation, also where ours verifies nodes",
+            "medians (min - max) of the rounds",
         ],
-        left=2,
+        words=2,
     )
     if measured.warning is not None:
         result.notes.insert(0, measured.warning)
-    times = measured.times
-    for batch in sorted({t.batch for t in times}):
-        if result.rows:
-            result.rows.append([])
-        first = True
-        for label, cells in _rows([t for t in times if t.batch == batch]):
-            result.rows.append([str(batch) if first else "", label, *cells])
-            first = False
+    times = {(t.batch, t.engine, t.kind, t.nodes, t.round): t.ms for t in measured.times}
+    rounds = sorted({t.round for t in measured.times})
+
+    def of(*key: object) -> list[float]:
+        return [times[(*key, number)] for number in rounds if (*key, number) in times]  # type: ignore[index]
+
+    for batch in sorted({t.batch for t in measured.times}):
+        sizes = sorted({t.nodes for t in measured.times if t.batch == batch})
+        for label, kind, nodes in [("prefill", "prefill", 0), *((str(n), "chain", n) for n in sizes)]:
+            stock = of(batch, STOCK_CHAIN, kind, nodes) if nodes and chains else of(batch, BASELINE, kind, 0)
+            cells = ["" if kind == "chain" else str(batch), label, spread(stock, ".2f")]
+            for ours in (of(batch, OURS, kind, nodes), of(batch, OURS, "tree", nodes)):
+                against = [a / b for a, b in zip(ours, stock, strict=False)]
+                cells += [spread(ours, ".2f"), spread(against, ".3f")]
+            result.rows.append(cells)
     return result
-
-
-def _rows(times: Sequence[StepTime]) -> Iterator[tuple[str, list[str]]]:
-    def by_round(engine: str, kind: str, nodes: int) -> dict[int, float]:
-        return {t.round: t.ms for t in times if (t.engine, t.kind, t.nodes) == (engine, kind, nodes)}
-
-    for label, kind, nodes in [
-        ("prefill", "prefill", 0),
-        *((str(n), "chain", n) for n in sorted({t.nodes for t in times})),
-    ]:
-        stock = by_round(STOCK_CHAIN if nodes else BASELINE, kind, nodes)
-        cells = [Spread.of(list(stock.values())).show(".2f") if stock else "-"]
-        for ours in (by_round(OURS, kind, nodes), by_round(OURS, "tree", nodes) if kind == "chain" else {}):
-            against = ratios(ours, stock)
-            cells.append(f"{Spread.of(list(ours.values())).median:.2f}" if ours else "-")
-            cells.append(Spread.of(against).show(".3f") if against else "-")
-        yield label, cells
-
-
-def to_json(measured: StepTimes) -> dict[str, Any]:
-    """For the result file."""
-    return asdict(measured)
-
-
-def from_json(data: dict[str, Any]) -> StepTimes:
-    """What ``to_json`` gave."""
-    return StepTimes(**{**data, "times": [StepTime(**t) for t in data["times"]]})

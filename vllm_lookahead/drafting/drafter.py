@@ -10,13 +10,15 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from proposers import NO_INFO, DraftTree, RequestInfo, RequestProposer, Verified
+from proposers import DraftTree, RequestInfo, RequestProposer, Verified
 from proposers.tree import warm_up as warm_up_trees
 from vllm_lookahead.config import LookaheadConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
 IntArray = NDArray[np.int32]
+UNKNOWN = RequestInfo(namespace=None)
+"""Of a request whose runner tells nothing: it shares with nobody."""
 
 
 class Drafter:
@@ -60,7 +62,7 @@ class Drafter:
         *,
         chain: bool = False,
         branch: bool = True,
-        info: Callable[[], RequestInfo] = lambda: NO_INFO,
+        info: Callable[[], RequestInfo] = lambda: UNKNOWN,
     ) -> DraftTree | None:
         """The next tree of one request.
 
@@ -99,7 +101,7 @@ class Drafter:
         context: IntArray,
         num_prompt_tokens: int,
         budget: int,
-        info: Callable[[], RequestInfo] = lambda: NO_INFO,
+        info: Callable[[], RequestInfo] = lambda: UNKNOWN,
     ) -> DraftTree | None:
         """A request's lookahead branch for a forward of its own, or None; arguments as for ``propose_tree``."""
         try:

@@ -101,12 +101,12 @@ class Walks:
     """Where the walks of one step ended.
 
     Attributes:
-        tokens: int32 [rows, longest], the sampled tokens of each row's walk, padded with ``PLACEHOLDER``.
+        tokens: int [rows, longest], the sampled tokens of each row's walk, padded with ``PLACEHOLDER``.
         paths: int32 [rows, longest], the accepted nodes' indices within their row, padded with -1.
         lengths: int32 [rows], tokens in each row: accepted nodes + 1.
     """
 
-    tokens: IntArray
+    tokens: NDArray[np.integer]
     paths: IntArray
     lengths: IntArray
 
@@ -185,6 +185,7 @@ def warm_up() -> None:
     logits_indices(np.ones(1, np.int32), np.array([2], np.int32))
     step = StepTrees.build(["warm-up"], {"warm-up": [1]}, {"warm-up": DraftTree.chain([1])})
     walk_all(step, np.array([1, 0]))
+    retrace(step, np.array([[1, 0]]), np.array([2], np.int32))
     Descent(step, np.zeros(1, np.bool_)).follow(np.array([0], np.int32))
 
 
@@ -200,8 +201,23 @@ def walk_all(step: StepTrees, sampled: NDArray[np.int64]) -> Walks:
     return _trimmed(walks, int(walks.lengths.max()) if step.num_rows else 1)
 
 
+def retrace(step: StepTrees, tokens: NDArray[np.int64], lengths: IntArray) -> Walks:
+    """The walks that emitted these tokens, for a host that learns only of the tokens.
+
+    Args:
+        step: the trees.
+        tokens: int64 [rows, width], what each row emitted.
+        lengths: int32 [rows], how many tokens that were; 0 where a row emitted nothing.
+    """
+    paths = np.full((step.num_rows, max(1, int(lengths.max()))), -1, np.int32)
+    _retrace(tokens, lengths, step.tokens, step.parents, step.starts, paths)
+    return Walks(tokens, paths, lengths)
+
+
 def _trimmed(walks: Walks, used: int) -> Walks:
-    return Walks(walks.tokens[:, :used], walks.paths[:, :used], walks.lengths)
+    # contiguous whatever the number of rows: numba compiles its readers once more for another layout
+    tokens, paths = (np.ascontiguousarray(part[:, :used]) for part in (walks.tokens, walks.paths))
+    return Walks(tokens, paths, walks.lengths)
 
 
 @numba.njit(cache=True)
@@ -254,6 +270,15 @@ def _walk_all(sampled, tokens, parents, starts, out_tokens, out_paths, lengths):
             out_paths[row, length] = node
             length += 1
         lengths[row] = length + 1
+
+
+@numba.njit(cache=True)
+def _retrace(emitted, lengths, tokens, parents, starts, paths):  # type: ignore[no-untyped-def]
+    for row in range(len(starts) - 1):
+        node = -1
+        for k in range(lengths[row] - 1):
+            node = _find_child(tokens, parents, starts[row], starts[row + 1], node, emitted[row, k])
+            paths[row, k] = node
 
 
 @numba.njit(cache=True)

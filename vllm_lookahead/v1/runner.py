@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +22,12 @@ from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from proposers import DraftTree, RequestInfo, Verified
+from proposers import DraftTree, RequestInfo
 from vllm_lookahead.drafting.drafter import Drafter
-from vllm_lookahead.drafting.policy import AutoBudget, DraftPolicy, FixedBudget, measure_step_cost
+from vllm_lookahead.drafting.planner import Planner, room_for
+from vllm_lookahead.drafting.policy import FixedBudget
 from vllm_lookahead.drafting.request_info import request_info
+from vllm_lookahead.drafting.timing import StepTimer, policy_for
 from vllm_lookahead.temporary import muted, replaced
 from vllm_lookahead.trees.rows import TreeRows
 from vllm_lookahead.trees.step import StepTrees, Walks, logits_indices
@@ -43,18 +45,6 @@ else:
 logger = init_logger(f"vllm.{__name__}")
 
 IntArray = NDArray[np.int32]
-
-MOST_MEASURED_TOKENS = 512
-"""The step cost is measured up to this many tokens and extrapolated beyond."""
-TIME_EVERY, TIME_EVERY_LATER, LATER = 4, 16, 512
-"""One in so many steps is timed, at first and after ``LATER`` steps: it costs about as much as proposing does."""
-
-
-class _TimedStep(NamedTuple):
-    start: float
-    num_tokens: int
-    num_nodes: int
-    req_ids: frozenset[str]
 
 
 class LookaheadRunnerMixin(Base):
@@ -80,11 +70,8 @@ class LookaheadRunnerMixin(Base):
         self.input_batch.logitsprocs_need_output_token_ids = bool(custom)
         self.tree_sampler = TreeSampler(self.sampler)
         self.trees_verifiable = False
-        self.policy: DraftPolicy = FixedBudget(self.num_spec_tokens)
-        self._proposed: dict[str, DraftTree] = {}
-        self._unverified: dict[str, DraftTree] = {}
-        self._steps = 0
-        self._last_step: _TimedStep | None = None
+        self.planner = Planner(self.drafter, FixedBudget(self.num_spec_tokens))
+        self._timer = StepTimer(self._agree)
         # Without drafts, too: a separate branch needs the metadata that vLLM makes for drafters, and recurrent layers
         # find their state where the last step's drafts left it.
         self._needs_speculative_mode = self.drafter.proposer.separate_branch or self.model_config.is_hybrid
@@ -129,13 +116,7 @@ class LookaheadRunnerMixin(Base):
         warm_up_walks()
         if self.trees_verifiable:
             self.warm_up_trees()
-        budget = self.drafter.config.budget
-        if isinstance(budget, int):
-            self.policy = FixedBudget(budget)
-            return
-        most = min(self.scheduler_config.max_num_batched_tokens, MOST_MEASURED_TOKENS)
-        self.policy = AutoBudget(measure_step_cost(self._time_forward, most, self._agree))
-        logger.info("[%s] budget: auto; %s", self.drafter.config.method, self.policy.cost)
+        self.planner.policy = policy_for(self.drafter.config, self.scheduler_config, self._time_forward, self._agree)
 
     def _time_forward(self, num_tokens: int) -> float:
         start = time.perf_counter()
@@ -166,27 +147,6 @@ class LookaheadRunnerMixin(Base):
         else:
             logger.warning("[%s] falls back to draft chains: %s.", self.drafter.config.method, reason)
 
-    def _observe_step_time(self, scheduler_output: SchedulerOutput) -> None:
-        """Time from step to step, where both decode only and nothing was idle in between."""
-        self._steps += 1
-        last, self._last_step = self._last_step, None
-        if last is None and self._steps % (TIME_EVERY if self._steps < LATER else TIME_EVERY_LATER):
-            return
-        now = time.perf_counter()
-        req_ids = scheduler_output.num_scheduled_tokens
-        if last is not None:
-            if not last.req_ids.isdisjoint(req_ids):
-                self.policy.observe_step(last.num_tokens, last.num_nodes, now - last.start)
-            return
-        if self.policy.refit_due():
-            self.policy.adopt(self._agree(self.policy.fit()))
-        drafts = scheduler_output.scheduled_spec_decode_tokens
-        num_tokens = scheduler_output.total_num_scheduled_tokens
-        # every row has at least one token beside its drafts; only a decoding row has no more
-        num_nodes = sum(map(len, drafts.values()))
-        if req_ids and num_tokens == len(req_ids) + num_nodes:
-            self._last_step = _TimedStep(now, num_tokens, num_nodes, frozenset(req_ids))
-
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: IntermediateTensors | None = None
     ) -> Any:
@@ -207,20 +167,16 @@ class LookaheadRunnerMixin(Base):
         return output
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
-        self._observe_step_time(scheduler_output)
+        self._timer.start(scheduler_output, self.planner.policy)
         if scheduler_output.finished_req_ids:
-            self.drafter.finish(scheduler_output.finished_req_ids)
-            self.policy.finish(scheduler_output.finished_req_ids)
-            for req_id in scheduler_output.finished_req_ids:
-                self._proposed.pop(req_id, None)
-                self._unverified.pop(req_id, None)
+            self.planner.finish(scheduler_output.finished_req_ids)
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray) -> Any:
         result = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         drafts = scheduler_output.scheduled_spec_decode_tokens
-        step = self._step = StepTrees.build(self.input_batch.req_ids, drafts, self._proposed) if drafts else None
-        self._forget_proposed(scheduler_output)
+        step = self._step = StepTrees.build(self.input_batch.req_ids, drafts, self.planner.proposed) if drafts else None
+        self.planner.forget_scheduled(scheduler_output.num_scheduled_tokens)
         trees = None
         if step is not None and self.trees_verifiable:
             trees = TreeRows.of(step, self.query_start_loc.np, self.optimistic_seq_lens_cpu.numpy())
@@ -253,16 +209,9 @@ class LookaheadRunnerMixin(Base):
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """What was drafted last; None if nothing was, which saves the scheduler a round over its requests."""
-        if not self._proposed or not self._draft_token_ids:
+        if not self.planner.proposed or not self._draft_token_ids:
             return None
         return DraftTokenIds(self.input_batch.req_ids, self._draft_token_ids)
-
-    def _forget_proposed(self, scheduler_output: SchedulerOutput) -> None:
-        if not self._proposed:
-            return
-        # a request that the scheduler left out of this step keeps its drafts there, and its tree here
-        scheduled = scheduler_output.num_scheduled_tokens
-        self._proposed = {req_id: tree for req_id, tree in self._proposed.items() if req_id not in scheduled}
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: SpecDecodeMetadata | None) -> SamplerOutput:
         step = self._step
@@ -328,39 +277,16 @@ class LookaheadRunnerMixin(Base):
             sampled_token_ids: what the step emitted, per batch row.
             common: the step's attention metadata; only a separate lookahead branch needs it.
         """
-        if self._step is not None or self._unverified:
-            self._observe(sampled_token_ids)
         rows = len(sampled_token_ids)
         req_ids = self.input_batch.req_ids[:rows]
-        separate = common is not None and self.drafter.proposer.separate_branch and self.trees_verifiable
-        if separate and self._node_limit(rows) > 0:
-            self._run_branches(sampled_token_ids, common)
-        wants = self.policy.wants_proposal
-        asked = [row for row, sampled in enumerate(sampled_token_ids) if sampled and wants(req_ids[row])]
-        if not (asked or separate):
-            return []
+        self.planner.observe(req_ids, sampled_token_ids, self._step, self._walks, self._argmax)
+        self._step = self._walks = self._argmax = None
         limit = self._node_limit(rows)
-        trees: list[DraftTree | None] = [None] * rows
-        for row in asked:
-            trees[row] = self._propose_row(row, limit)
-        if not (any(trees) or separate):
-            return []
-        counts = self.policy.choose(req_ids, trees, limit)
-        drafts: list[list[int]] = []
-        for req_id, tree, count in zip(req_ids, trees, counts, strict=True):
-            if tree is None:
-                drafts.append([])
-                continue
-            keep_branch = tree.num_branch > 0 and self.policy.keeps_branch(
-                req_id, tree, self.drafter.branch_gain(req_id)
-            )
-            chosen = tree.trimmed(count, keep_branch=keep_branch)
-            if len(chosen):
-                self._proposed[req_id] = chosen
-            elif tree.chances is None:
-                self._unverified[req_id] = tree
-            drafts.append(chosen.token_ids.tolist())
-        return drafts
+        if common is not None and self.drafter.proposer.separate_branch and self.trees_verifiable and limit > 0:
+            self._run_branches(sampled_token_ids, common)
+        asked = (row for row, sampled in enumerate(sampled_token_ids) if sampled)
+        trees = self.planner.plan(req_ids, asked, self._propose_row, limit)
+        return [[] if tree is None else tree.token_ids.tolist() for tree in trees]
 
     def _node_limit(self, num_rows: int) -> int:
         """Most nodes per request, the window's included: what was asked for, as long as every row fits the scheduler's
@@ -385,7 +311,7 @@ class LookaheadRunnerMixin(Base):
             context = batch.token_ids_cpu[row, :num_tokens]
             prompt, info = int(batch.num_prompt_tokens[row]), self._info_of(req_id)
             comb = self.drafter.propose_branch(req_id, context, prompt, limit, info)
-            if comb is not None and self.policy.keeps_branch(req_id, comb, self.drafter.branch_gain(req_id)):
+            if comb is not None and self.planner.policy.keeps_branch(req_id, comb, self.drafter.branch_gain(req_id)):
                 due.append(BranchRow(row, num_tokens, int(context[-1]), comb))
         if due:
             for branch, argmax in zip(due, self.run_branches(due, common), strict=True):
@@ -400,16 +326,11 @@ class LookaheadRunnerMixin(Base):
         batch = self.input_batch
         req_id = batch.req_ids[row]
         num_tokens = int(batch.num_tokens_no_spec[row])
-        limit = min(limit, self.max_model_len - num_tokens - 1)
         params = self.requests[req_id].sampling_params
+        if params is not None and getattr(params, "thinking_token_budget", None) is not None:
+            return None  # V1's forcing state follows committed tokens only
         num_prompt_tokens = int(batch.num_prompt_tokens[row])
-        depth = limit
-        if params is not None:
-            if getattr(params, "thinking_token_budget", None) is not None:
-                return None  # vLLM's forcing state follows committed tokens only
-            if params.max_tokens is not None:
-                # a step's last token is never a guess
-                depth = params.max_tokens - (num_tokens - num_prompt_tokens) - 1
+        limit, depth = room_for(params, num_tokens, num_prompt_tokens, self.max_model_len, limit)
         if limit <= 0 or depth <= 0:
             return None
         return self.drafter.propose_tree(
@@ -419,37 +340,9 @@ class LookaheadRunnerMixin(Base):
             limit,
             depth,
             chain=self._only_chains(req_id),
-            branch=self.policy.may_branch(req_id),
+            branch=self.planner.policy.may_branch(req_id),
             info=self._info_of(req_id),
         )
 
     def _info_of(self, req_id: str) -> Callable[[], RequestInfo]:
         return lambda: request_info(self.requests[req_id].sampling_params)
-
-    def _observe(self, sampled_token_ids: list[list[int]]) -> None:
-        step, walks, argmax = self._step, self._walks, self._argmax
-        self._step = self._walks = self._argmax = None
-        unverified, self._unverified = self._unverified, {}
-        for req_id, dropped in unverified.items():
-            at = self.input_batch.req_id_to_index.get(req_id)
-            if at is not None and at < len(sampled_token_ids) and sampled_token_ids[at]:
-                self.policy.observe_token(req_id, dropped, sampled_token_ids[at][0])
-        if step is None or walks is None:
-            return
-        for row, sampled in enumerate(sampled_token_ids):
-            tree = step.trees[row] if row < step.num_rows else None
-            if tree is None or not sampled:
-                continue
-            req_id = self.input_batch.req_ids[row]
-            if tree.chances is not None and not self.drafter.observes(req_id):
-                continue
-            n = step.num_nodes(row)
-            first = int(step.starts[row]) + row
-            verified = Verified(
-                tokens=np.array(sampled, np.int32),
-                path=walks.path(row),
-                argmax=None if argmax is None else argmax[first : first + n + 1].astype(np.int32),
-                num_nodes=n,
-            )
-            self.policy.observe_walk(req_id, tree, n, verified.path)
-            self.drafter.observe(req_id, tree, verified)

@@ -22,7 +22,7 @@ class LookaheadWorkerMixin(Base):
 
     def init_device(self) -> None:
         """As vLLM's, then our runner in place of the stock one, which has loaded nothing yet."""
-        check_contract()
+        check_contract("v1")
         # vLLM names its runner class inside init_device. Without a speculative config it builds one that is cheap and
         # doesn't complain about options that our runner supports.
         with (

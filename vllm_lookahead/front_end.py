@@ -1,0 +1,51 @@
+"""What the front end tells the workers about a request: with whom it may share what it says.
+
+A worker sees a request's sampling parameters, but not its cache salt. Whose text may serve as a guess for whom has to
+be decided as vLLM's prefix cache decides it (``vllm/v1/core/kv_cache_utils.py``, ``generate_block_hash_extra_keys``):
+by cache salt and LoRA adapter. So both travel in ``extra_args``, as a hash: a salt is a secret.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from vllm_lookahead import wrappers
+from vllm_lookahead.drafting.request_info import NAMESPACE
+
+
+def namespace_of(cache_salt: str | None, lora_request: Any) -> str:
+    """A name that is equal for two requests if vLLM lets them share cached prefixes; empty without salt and adapter."""
+    adapter = None if lora_request is None else (lora_request.lora_name, lora_request.lora_path)
+    if not cache_salt and adapter is None:
+        return ""
+    return hashlib.sha256(json.dumps([cache_salt or "", adapter]).encode()).hexdigest()
+
+
+def wrap_front_end(is_ours: Callable[[Any], bool]) -> None:
+    """Let vLLM's front end write every request's namespace into its sampling parameters.
+
+    Wraps ``InputProcessor.process_inputs`` (``vllm/v1/engine/input_processor.py``); vLLM has no hook that sees both the
+    cache salt and what is sent to the workers, short of a scheduler of our own.
+
+    Args:
+        is_ours: whether a speculative config is this plugin's; other engines' requests stay as they are.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def with_namespace(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(process_inputs)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = process_inputs(self, *args, **kwargs)
+            params = request.sampling_params  # vLLM has just made this copy of the caller's
+            if params is not None and is_ours(self.vllm_config.speculative_config):
+                name = namespace_of(request.cache_salt, request.lora_request)
+                params.extra_args = {**(params.extra_args or {}), NAMESPACE: name}
+            return request
+
+        return wrapper
+
+    wrappers.wrap(InputProcessor, "process_inputs", with_namespace)
