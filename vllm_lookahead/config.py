@@ -267,11 +267,11 @@ def describe(schema: Mapping[str, Any]) -> str:
     words = _TYPES.get(schema.get("type", ""), str(schema.get("type", "a value")))
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
-        return f"{words} from {low:g} to {high:g}"
+        return f"{words} from {low:.9g} to {high:.9g}"
     if low is not None:
-        return f"{words} of at least {low:g}"
+        return f"{words} of at least {low:.9g}"
     if high is not None:
-        return f"{words} of at most {high:g}"
+        return f"{words} of at most {high:.9g}"
     if "exclusiveMinimum" in schema:
-        return f"{words} above {schema['exclusiveMinimum']:g}"
+        return f"{words} above {schema['exclusiveMinimum']:.9g}"
     return words
