@@ -131,8 +131,12 @@ class RequestGuesses:
             owner = guesses.shared.owner(info.namespace)
         self._writer = SharedText.writer(0 if o.share_prompts else len(prompt))
         self._prediction = NO_INDEX
+        predicted = NOBODY
+        if texts and info.prediction is not None and len(info.prediction) > 0:
+            self._prediction = predicted_text(prompt, info.prediction, o.max_ngram)
+            predicted = 0
         corpus = 0 if texts and len(guesses.corpus) > text_index.HEADER else NOBODY
-        self._owners = np.array([0 if texts else NOBODY, owner, NOBODY, corpus], np.int32)
+        self._owners = np.array([0 if texts else NOBODY, owner, predicted, corpus], np.int32)
         self._texts = texts
         # an n-gram of the pool is taken as it is
         depth, threshold = (o.max_depth, o.min_probability) if texts else (pool[1], 0.0)
@@ -160,6 +164,16 @@ class RequestGuesses:
             g.chances,
             *self._settings,
         )
+
+
+def predicted_text(prompt: IntArray, prediction: IntArray, order: int) -> IntArray:
+    """The index of a prediction (int32 [p]), the end of the prompt before it: there the output begins to agree."""
+    text = np.concatenate((prompt[-text_index.LONG :], prediction)).astype(np.int32)
+    state = allocate(len(text), order, own_tokens=True)
+    state[state[TOKENS] :][: len(text)] = text
+    state[text_index.LENGTH] = len(text)
+    extend(state, text, len(text) - 1)
+    return state
 
 
 @njit(cache=True)

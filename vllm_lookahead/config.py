@@ -108,6 +108,13 @@ class LookaheadConfig(BaseModel):
         """The entry for vLLM's ``additional_config``: plain JSON, because vLLM hashes and pickles it."""
         return {KEY: self.model_dump(mode="json")}
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of what the method's guesses come from."""
+        from proposers import registry
+
+        return registry.get(self.method).sources
+
     def build_proposer(self) -> Proposer:
         """Make the proposer that this config asks for."""
         from proposers import registry

@@ -1,8 +1,9 @@
-"""What the front end tells the workers about a request: with whom it may share what it says.
+"""What the front end tells the workers about a request: whom it may share text with, and what its caller expects.
 
-A worker sees a request's sampling parameters, but not its cache salt. Whose text may serve as a guess for whom has to
-be decided as vLLM's prefix cache decides it (``vllm/v1/core/kv_cache_utils.py``, ``generate_block_hash_extra_keys``):
-by cache salt and LoRA adapter. So both travel in ``extra_args``, as a hash: a salt is a secret.
+A worker sees a request's sampling parameters, but neither its cache salt nor a tokenizer. Whose text may serve as a
+guess for whom has to be decided as vLLM's prefix cache decides it (``vllm/v1/core/kv_cache_utils.py``,
+``generate_block_hash_extra_keys``): by cache salt and LoRA adapter. So both travel in ``extra_args``, as a hash: a salt
+is a secret. A prediction travels there as token ids.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from vllm_lookahead import wrappers
 from vllm_lookahead.drafting.request_info import NAMESPACE
+from vllm_lookahead.predictions import PREDICTION, token_ids
 
 
 def namespace_of(cache_salt: str | None, lora_request: Any) -> str:
@@ -26,26 +28,33 @@ def namespace_of(cache_salt: str | None, lora_request: Any) -> str:
 
 
 def wrap_front_end(is_ours: Callable[[Any], bool]) -> None:
-    """Let vLLM's front end write every request's namespace into its sampling parameters.
+    """Let vLLM's front end write every request's namespace and prediction into its sampling parameters.
 
-    Wraps ``InputProcessor.process_inputs`` (``vllm/v1/engine/input_processor.py``); vLLM has no hook that sees both the
-    cache salt and what is sent to the workers, short of a scheduler of our own.
+    Wraps ``InputProcessor.process_inputs`` (``vllm/v1/engine/input_processor.py``); vLLM has no hook that sees the
+    cache salt, the tokenizer and what is sent to the workers, short of a scheduler of our own. A prediction that can't
+    be used raises ``ValueError`` there, which is a 400 over HTTP.
 
     Args:
         is_ours: whether a speculative config is this plugin's; other engines' requests stay as they are.
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    def with_namespace(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+    def with_info(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(process_inputs)
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = process_inputs(self, *args, **kwargs)
             params = request.sampling_params  # vLLM has just made this copy of the caller's
             if params is not None and is_ours(self.vllm_config.speculative_config):
-                name = namespace_of(request.cache_salt, request.lora_request)
-                params.extra_args = {**(params.extra_args or {}), NAMESPACE: name}
+                extra = {**(params.extra_args or {})}
+                extra[NAMESPACE] = namespace_of(request.cache_salt, request.lora_request)
+                if extra.get(PREDICTION) is not None:
+                    model = self.model_config
+                    extra[PREDICTION] = token_ids(
+                        extra[PREDICTION], self.tokenizer, model.get_vocab_size(), model.max_model_len
+                    )
+                params.extra_args = extra
             return request
 
         return wrapper
 
-    wrappers.wrap(InputProcessor, "process_inputs", with_namespace)
+    wrappers.wrap(InputProcessor, "process_inputs", with_info)

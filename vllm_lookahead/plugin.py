@@ -171,6 +171,7 @@ def _prepare(
     from vllm.platforms import current_platform
 
     from vllm_lookahead.front_end import wrap_front_end
+    from vllm_lookahead.metrics import publish
     from vllm_lookahead.support import Setup, check_support, fit_lora
 
     own_worker = parallel_config.worker_cls in ("auto", *WORKERS.values())
@@ -183,6 +184,9 @@ def _prepare(
         raise ConfigError(f"[{config.method}] needs additional_config to be a mapping")
     engine_args.additional_config = {**engine_args.additional_config, **config.to_additional_config()}
     wrap_front_end(is_ours)
+    if not engine_args.disable_log_stats:
+        names = model_config.served_model_name
+        publish(config.sources, names if isinstance(names, str) else names[0], parallel_config.data_parallel_size)
     if own_worker:
         parallel_config.worker_cls = WORKERS[setup.device, setup.runner]
     else:

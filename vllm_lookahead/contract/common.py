@@ -19,6 +19,7 @@ PLUGIN: tuple[Part, ...] = (
         "vllm.engine.arg_utils:EngineArgs",
         (
             "additional_config",
+            "disable_log_stats",
             "enable_lora",
             "max_num_batched_tokens",
             "max_num_seqs",
@@ -32,7 +33,9 @@ PLUGIN: tuple[Part, ...] = (
     Attributes("vllm.platforms.interface:Platform", ("device_type", "is_cpu", "is_cuda")),
     Attributes("vllm.triton_utils", ("HAS_TRITON",)),
     Function("vllm.sampling_params:SamplingParams._validate_spec_decode", ("speculative_config",), exactly=True),
-    Attributes("vllm.v1.engine.input_processor:InputProcessor", ("process_inputs", "vllm_config")),
+    Attributes(
+        "vllm.v1.engine.input_processor:InputProcessor", ("model_config", "process_inputs", "tokenizer", "vllm_config")
+    ),
     Attributes("vllm.v1.engine:EngineCoreRequest", ("cache_salt", "lora_request", "sampling_params")),
     Attributes("vllm.lora.request:LoRARequest", ("lora_name", "lora_path")),
 )
@@ -42,12 +45,15 @@ CONFIG: tuple[Part, ...] = (
     Attributes(
         "vllm.config:ModelConfig",
         (
+            "get_vocab_size",
             "has_inner_state",
             "is_encoder_decoder",
             "is_hybrid",
             "is_moe",
             "logits_processors",
+            "max_model_len",
             "runner_type",
+            "served_model_name",
             "use_mla",
             "uses_mrope",
         ),
@@ -55,16 +61,20 @@ CONFIG: tuple[Part, ...] = (
     Attributes(
         "vllm.config:ParallelConfig",
         (
+            "data_parallel_index",
             "data_parallel_size",
             "decode_context_parallel_size",
             "pipeline_parallel_size",
             "prefill_context_parallel_size",
+            "rank",
             "worker_cls",
         ),
     ),
     Attributes("vllm.config:SchedulerConfig", ("async_scheduling", "max_num_batched_tokens", "max_num_seqs")),
     Attributes("vllm.config:SpeculativeConfig", ("method", "model", "num_speculative_tokens")),
-    Attributes("vllm.config:VllmConfig", ("additional_config", "model_config", "speculative_config")),
+    Attributes(
+        "vllm.config:VllmConfig", ("additional_config", "model_config", "parallel_config", "speculative_config")
+    ),
 )
 
 STEP: tuple[Part, ...] = (

@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from proposers import DraftTree, RequestInfo, RequestProposer, Verified
 from proposers.tree import warm_up as warm_up_trees
 from vllm_lookahead.config import LookaheadConfig
+from vllm_lookahead.metrics import SourceCounts
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -33,6 +34,8 @@ class Drafter:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = LookaheadConfig.from_vllm_config(vllm_config)
         self.proposer = self.config.build_proposer()
+        parallel = vllm_config.parallel_config
+        self.counts = SourceCounts(self.proposer.sources, parallel.data_parallel_index, first=parallel.rank == 0)
         self.max_nodes = self.config.num_speculative_tokens
         self._requests: dict[str, RequestProposer | None] = {}  # None: its proposer failed, no more drafts
         self._error_logged = False

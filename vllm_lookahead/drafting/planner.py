@@ -101,17 +101,21 @@ class Planner:
             return
         for row, (req_id, tokens) in enumerate(zip(req_ids, sampled, strict=True)):
             tree = step.trees[row]
-            if tree is None or not len(tokens) or (tree.chances is not None and not self.drafter.observes(req_id)):
+            if tree is None or not len(tokens):
                 continue
             n = step.num_nodes(row)
+            path = walks.path(row)
+            self.drafter.counts.add(tree, n, path)
+            if tree.chances is not None and not self.drafter.observes(req_id):
+                continue
             first = int(step.starts[row]) + row
             verified = Verified(
                 tokens=np.array(tokens, np.int32),
-                path=walks.path(row),
+                path=path,
                 argmax=None if argmax is None else argmax[first : first + n + 1].astype(np.int32),
                 num_nodes=n,
             )
-            self.policy.observe_walk(req_id, tree, n, verified.path)
+            self.policy.observe_walk(req_id, tree, n, path)
             self.drafter.observe(req_id, tree, verified)
 
     def forget_scheduled(self, scheduled: Mapping[str, int]) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from proposers import RequestInfo
+from vllm_lookahead.predictions import PREDICTION
 
-PREDICTION = "prediction"
-"""What the caller expects the output to be: text or token ids where the caller sets it, token ids in the workers."""
 NAMESPACE = "lookahead_namespace"
 """Stands for the request's cache salt and LoRA adapter; always written by the front end, whatever the caller sent."""
 
