@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -127,6 +128,10 @@ class Proposer(ABC):
             prompt: int32 [p], its prompt tokens. A view: don't keep it.
             info: what else is known of it.
         """
+
+    def use_corpus(self, index: Path) -> None:
+        """Guess from a corpus, too, whose index ``proposers.corpus`` wrote. Only asked of those with the option."""
+        raise NotImplementedError
 
     def warm_up(self) -> None:  # noqa: B027 - not every proposer compiles
         """Compile or load what the first request would otherwise wait for. Called at engine start."""

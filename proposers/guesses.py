@@ -59,6 +59,9 @@ class PromptLookupOptions(ProposerOptions):
         description="How many tokens of other requests' outputs are remembered; 0: none.",
     )
     share_prompts: bool = Field(False, description="Remember prompts, too.")
+    corpus: str | None = Field(
+        None, min_length=1, description="A .txt or .jsonl file, or a folder of them, to guess from."
+    )
 
     @property
     def max_nodes(self) -> int:

@@ -15,6 +15,7 @@ accepted tokens in a step: a fused step may also walk through the comb.)
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from pydantic import Field, model_validator
 from proposers import ngram_pool
 from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer, Verified
 from proposers.calibration import POOL, SOURCES
+from proposers.corpus import open_index
 from proposers.guesses import NODES, Guesses, PromptLookupOptions, RequestGuesses, next_tree, sources_of
 from proposers.jacobi_window import STEPS, JacobiWindow, advance, comb_size, largest_comb, store_tips, write_comb
 from proposers.ngram_pool import NgramPool, gather_guesses
@@ -87,6 +89,10 @@ class Lookahead(Proposer):
     def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> LookaheadRequest:
         """Begin a request: an empty pool (or the prompt's n-grams) and a window that its first ``propose`` fills."""
         return LookaheadRequest(self, request_id, prompt, info)
+
+    def use_corpus(self, index: Path) -> None:
+        """See ``Proposer.use_corpus``."""
+        self.guesses.corpus = open_index(index)
 
     def warm_up(self) -> None:
         """Compile the kernels, or load them from numba's cache, so that the first request doesn't wait for it."""

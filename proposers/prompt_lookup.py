@@ -7,10 +7,13 @@ tree, likeliest nodes first (``best_first``). And not only this request's text i
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer
 from proposers.calibration import SOURCES
+from proposers.corpus import open_index
 from proposers.guesses import Guesses, PromptLookupOptions, RequestGuesses, next_tree, sources_of
 from proposers.registry import register
 from proposers.tree import DraftTree, IntArray
@@ -34,6 +37,10 @@ class PromptLookup(Proposer):
     def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> RequestProposer:
         """Begin a request; its prompt is indexed by the first ``propose``."""
         return _PromptLookupRequest(self, prompt, info)
+
+    def use_corpus(self, index: Path) -> None:
+        """See ``Proposer.use_corpus``."""
+        self.guesses.corpus = open_index(index)
 
     def warm_up(self) -> None:
         """Compile the kernels, or load them from numba's cache, so that the first request doesn't wait for it."""

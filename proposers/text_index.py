@@ -216,6 +216,7 @@ def link_place(state: IntArray, text: IntArray, start: int, end: int, place: int
 def extend(state: IntArray, text: IntArray, end: int) -> None:
     """Take in a text (int32 [t]) up to ``end``, at most t - 1: its places before ``end`` and what follows each."""
     for at in range(state[INDEXED], end):
+        state[NOW] = at  # an index with less than a row for each n-gram keeps the latest
         link_place(state, text, 0, at + 1, at, 0)
         count_token(state, text, 0, at + 1, 0)
     state[INDEXED] = max(int(state[INDEXED]), end)

@@ -46,6 +46,7 @@ class LookaheadConfig(BaseModel):
         options: its options, all of them, as plain JSON values.
         num_speculative_tokens: most nodes that a draft tree may have.
         budget: how many of them a step may spend per request: a number, or "auto" to let the measured gain decide.
+        corpus_index: where the index of the corpus lies, if there is one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class LookaheadConfig(BaseModel):
     options: dict[str, Any]
     num_speculative_tokens: int = Field(ge=1, le=MAX_NODES)
     budget: Literal["auto"] | int = "auto"
+    corpus_index: str | None = None
 
     @classmethod
     def parse(cls, method: str, settings: Mapping[str, Any]) -> LookaheadConfig:
@@ -119,8 +121,11 @@ class LookaheadConfig(BaseModel):
         """Make the proposer that this config asks for."""
         from proposers import registry
 
-        proposer = registry.get(self.method)
-        return proposer(_validate(self.method, proposer.Options, self.options))
+        kind = registry.get(self.method)
+        proposer = kind(_validate(self.method, kind.Options, self.options))
+        if self.corpus_index is not None:
+            proposer.use_corpus(Path(self.corpus_index))
+        return proposer
 
 
 def max_nodes(options: ProposerOptions) -> int:

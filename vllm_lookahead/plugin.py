@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vllm_lookahead import wrappers
@@ -178,7 +179,7 @@ def _prepare(
     setup = Setup(engine_args, model_config, parallel_config, current_platform, config.options, own_worker)
     check_support(config.method, setup)
     check_contract(setup.runner)
-    config = fit_lora(config, setup)
+    config = _with_corpus(fit_lora(config, setup), model_config)
 
     if not isinstance(engine_args.additional_config, dict):
         raise ConfigError(f"[{config.method}] needs additional_config to be a mapping")
@@ -197,6 +198,29 @@ def _prepare(
             parallel_config.worker_cls,
         )
     return _carrier(config, setup)
+
+
+def _with_corpus(config: LookaheadConfig, model_config: Any) -> LookaheadConfig:
+    """Index the corpus, if there is one.
+
+    Raises:
+        ConfigError: it can't be used.
+    """
+    corpus = config.options.get("corpus")
+    if corpus is None:
+        return config
+    from vllm import envs
+    from vllm.logger import init_logger
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from vllm_lookahead.corpus import index_of
+
+    if model_config.skip_tokenizer_init:
+        raise ConfigError("corpus: needs a tokenizer, not skip_tokenizer_init")
+    tokenizer = cached_tokenizer_from_config(model_config)
+    cache, log = Path(envs.VLLM_CACHE_ROOT) / "lookahead", init_logger("vllm.vllm_lookahead")
+    index = index_of(corpus, tokenizer, config.options["max_ngram"], cache, log)
+    return config.model_copy(update={"corpus_index": str(index)})
 
 
 def _carrier(config: LookaheadConfig, setup: Setup) -> dict[str, Any]:

@@ -37,6 +37,7 @@ PLUGIN: tuple[Part, ...] = (
         "vllm.v1.engine.input_processor:InputProcessor", ("model_config", "process_inputs", "tokenizer", "vllm_config")
     ),
     Attributes("vllm.v1.engine:EngineCoreRequest", ("cache_salt", "lora_request", "sampling_params")),
+    Function("vllm.tokenizers:cached_tokenizer_from_config", ("model_config",)),
     Attributes("vllm.lora.request:LoRARequest", ("lora_name", "lora_path")),
 )
 
@@ -54,6 +55,7 @@ CONFIG: tuple[Part, ...] = (
             "max_model_len",
             "runner_type",
             "served_model_name",
+            "skip_tokenizer_init",
             "use_mla",
             "uses_mrope",
         ),
