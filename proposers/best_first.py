@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from proposers.calibration import (
     COPIES,
@@ -42,9 +43,12 @@ from proposers.text_index import (
     extend_key,
     find_row,
     first_key,
+    prefetch_row,
     row_key,
 )
 from proposers.tree import FloatArray, IntArray
+
+Int64Array = NDArray[np.int64]
 
 CHILD_BITS = 7
 MOST_CHILDREN = 1 << CHILD_BITS
@@ -55,6 +59,22 @@ SUPPORT = 0.25
 
 # Rows of the candidates' table.
 LENGTH, AGREEMENT, SOURCE = 0, 1, 2
+
+
+Scratch = tuple[Float64Array, Float64Array, Int64Array, Int64Array, Int64Array, NDArray[np.uint64]]
+
+
+@njit(cache=True)
+def make_scratch() -> Scratch:
+    """What ``open_node`` works with: made once for a tree, since that takes as long as opening a node."""
+    return (
+        np.empty(MOST_CHILDREN, np.float64),
+        np.empty(TEXTS, np.float64),
+        np.empty(TEXTS, np.int64),
+        np.empty(TEXTS, np.int64),
+        np.empty(TEXTS + 1, np.int64),
+        np.empty((TEXTS, LONGEST_KEY + 1), np.uint64),
+    )
 
 
 @njit(cache=True)
@@ -75,6 +95,7 @@ def open_node(
     enough: float,
     marks: IntArray,
     serial: int,
+    scratch: Scratch,
     children: IntArray,
     chances: Float64Array,
 ) -> int:
@@ -97,13 +118,28 @@ def open_node(
         enough: when less than this chance is left, the rest is not worth asking.
         marks: int32 [``MARKS``], scratch that has never seen this ``serial``.
         serial: a number below 2**20.
+        scratch: see ``make_scratch``.
         children: int32 [2, ``MOST_CHILDREN``], receives the tokens and the kinds of their levels, level by level.
         chances: float64 [``MOST_CHILDREN``], receives their chances, given that the node is reached.
 
     Returns:
         How many.
     """
-    weights = np.empty(MOST_CHILDREN, np.float64)
+    weights, totals, rows, knows, starts, keys = scratch
+    longest = 0
+    for source in range(TEXTS):
+        if owners[source] >= 0:
+            longest = max(longest, int(states[source][ORDER]) - 1)
+    longest = min(longest, len(history), LONGEST_KEY)
+    for source in range(TEXTS):
+        if owners[source] < 0:
+            continue
+        key = first_key(owners[source])
+        for n in range(1, min(longest, int(states[source][ORDER]) - 1) + 1):
+            key = extend_key(key, history[len(history) - n])
+            if n >= shortest:
+                keys[source, n] = row_key(key, n)
+                prefetch_row(states[source], keys[source, n])
     at_copy, count, left = _add_copies(
         False,
         order,
@@ -122,15 +158,6 @@ def open_node(
         0,
         1.0,
     )
-    rows = np.empty(TEXTS, np.int64)
-    knows = np.empty(TEXTS, np.int64)
-    starts = np.empty(TEXTS + 1, np.int64)
-    totals = np.empty(TEXTS, np.float64)
-    longest = 0
-    for source in range(TEXTS):
-        if owners[source] >= 0:
-            longest = max(longest, int(states[source][ORDER]) - 1)
-    longest = min(longest, len(history), LONGEST_KEY)
     asked_model = False
     for n in range(longest, -1, -1):
         if left <= enough or count == MOST_CHILDREN:
@@ -179,10 +206,7 @@ def open_node(
             rows[source] = -1
             knows[source] = 0
             if owners[source] >= 0 and n < states[source][ORDER]:
-                key = first_key(owners[source])
-                for i in range(1, n + 1):
-                    key = extend_key(key, history[len(history) - i])
-                row = find_row(states[source], row_key(key, n), owners[source])
+                row = find_row(states[source], keys[source, n], owners[source])
                 rows[source] = row
                 if row >= 0:
                     seen = 0
@@ -382,7 +406,8 @@ def grow_tree(
     marks = np.zeros(MARKS, np.int32)
     children = np.empty((2, MOST_CHILDREN), np.int32)
     chances = np.empty(MOST_CHILDREN, np.float64)
-    room = MOST_CHILDREN * (min(budget, 64) + 1)
+    scratch = make_scratch()
+    room = 8 * MOST_CHILDREN
     entry = np.empty((6, room), np.int32)  # open nodes: token, parent, depth, kind of level, its copies in ``order``
     score = np.empty(room, np.float64)
     heap = np.empty(room, np.int32)
@@ -429,6 +454,7 @@ def grow_tree(
                 max(bound, threshold) / probability,
                 marks,
                 nodes + 1,
+                scratch,
                 children,
                 chances,
             )
@@ -561,6 +587,7 @@ def learn_from(
     marks = np.zeros(MARKS, np.int32)
     children = np.empty((2, MOST_CHILDREN), np.int32)
     chances = np.empty(MOST_CHILDREN, np.float64)
+    scratch = make_scratch()
     high = copies
     for at in range(length, len(context)):
         count = open_node(
@@ -580,6 +607,7 @@ def learn_from(
             0.0,
             marks,
             at - length + 1,
+            scratch,
             children,
             chances,
         )

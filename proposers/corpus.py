@@ -13,8 +13,8 @@ from proposers.tree import IntArray
 
 MAX_TOKENS = 100_000_000
 """Largest corpus: the index counts in 32 bits."""
-ROWS_PER_TOKEN = 0.25
-"""In a large text most n-grams come once: a copy of that place says as much as a row would, in a tenth of the room."""
+MOST_ROWS = 1 << 22
+"""Rows for more than so many n-grams (256 MiB) are not kept: in a large text the latest come first."""
 
 
 def write_index(tokens: IntArray, path: Path, order: int) -> None:
@@ -28,7 +28,7 @@ def write_index(tokens: IntArray, path: Path, order: int) -> None:
     Raises:
         OSError: it can't be written.
     """
-    state = allocate(len(tokens), order, own_tokens=True, rows_per_token=ROWS_PER_TOKEN)
+    state = allocate(len(tokens), order, own_tokens=True, rows_per_token=min(1.0, MOST_ROWS / len(tokens)))
     state[state[TOKENS] :][: len(tokens)] = tokens
     state[text_index.LENGTH] = len(tokens)
     extend(state, tokens, len(tokens) - 1)

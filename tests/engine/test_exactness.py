@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import LLM, RequestOutput
+
+from vllm_lookahead.metrics import COUNTERS
+from vllm_lookahead.predictions import PREDICTION
 
 from .cases import CASES, Case, Encode, either, ids
 from .engines import METHODS, Request, TreeSpy, assert_same, ended_inside_a_path, engine, run
@@ -58,6 +62,32 @@ def test_logprob_token_ids(ours: LLM, stock: LLM, encode: Encode) -> None:
     assert_same(run(stock, case.requests(encode)), got, case.prompts)
     spy.assert_trees_were_used()
     assert all(set(tokens) <= set(position) for output in got for position in output.outputs[0].logprobs or [{}])
+
+
+def test_every_source_at_once(
+    demo_model: str, reference: Reference, encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other requests, predictions that are right and wrong, and a corpus beside the request's own text."""
+    cases = [case for case in CASES if case.name in ("greedy", "seeded sampling", "penalties")]
+    expected = [output for case in cases for output in reference(case)]
+    requests = [request for case in cases for request in case.requests(encode)]
+    outputs = [list(output.outputs[0].token_ids) for output in expected]
+    predicted = []
+    for i, request in enumerate(requests):
+        params = request.params.clone()
+        if i % 3 < 2:
+            params.extra_args = {PREDICTION: outputs[i - i % 3]}
+        predicted.append(Request(request.prompt, params))
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(output.outputs[0].text for output in expected[2::3]))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with engine(demo_model, {**METHODS["lookahead"], "corpus": str(corpus)}) as ours:
+        got = run(ours, predicted, in_flight=8, seed=23)
+        name = COUNTERS[1][0]
+        accepted = {m.labels["source"]: m.value for m in ours.get_metrics() if m.name == name}
+    assert_same(expected, got, [prompt for case in cases for prompt in case.prompts])
+    for source in ("context", "requests", "prediction", "corpus"):
+        assert accepted[source] >= 10, accepted
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
