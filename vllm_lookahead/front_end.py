@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_lookahead import wrappers
 from vllm_lookahead.drafting.request_info import NAMESPACE
-from vllm_lookahead.predictions import PREDICTION, token_ids
+from vllm_lookahead.predictions import PREDICTION, PredictionError, token_ids
 
 
 def namespace_of(cache_salt: str | None, lora_request: Any) -> str:
@@ -27,12 +27,26 @@ def namespace_of(cache_salt: str | None, lora_request: Any) -> str:
     return hashlib.sha256(json.dumps([cache_salt or "", adapter]).encode()).hexdigest()
 
 
+def tokenised(prediction: Any, processor: Any) -> list[int]:
+    """A request's prediction as token ids.
+
+    Raises:
+        VLLMValidationError: it can't be used; vLLM answers that with status 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    model = processor.model_config
+    try:
+        return token_ids(prediction, processor.tokenizer, model.get_vocab_size(), model.max_model_len)
+    except PredictionError as error:
+        raise VLLMValidationError(str(error), parameter=PREDICTION) from error
+
+
 def wrap_front_end(is_ours: Callable[[Any], bool]) -> None:
     """Let vLLM's front end write every request's namespace and prediction into its sampling parameters.
 
     Wraps ``InputProcessor.process_inputs`` (``vllm/v1/engine/input_processor.py``); vLLM has no hook that sees the
-    cache salt, the tokenizer and what is sent to the workers, short of a scheduler of our own. A prediction that can't
-    be used raises ``ValueError`` there, which is a 400 over HTTP.
+    cache salt, the tokenizer and what is sent to the workers, short of a scheduler of our own.
 
     Args:
         is_ours: whether a speculative config is this plugin's; other engines' requests stay as they are.
@@ -48,10 +62,7 @@ def wrap_front_end(is_ours: Callable[[Any], bool]) -> None:
                 extra = {**(params.extra_args or {})}
                 extra[NAMESPACE] = namespace_of(request.cache_salt, request.lora_request)
                 if extra.get(PREDICTION) is not None:
-                    model = self.model_config
-                    extra[PREDICTION] = token_ids(
-                        extra[PREDICTION], self.tokenizer, model.get_vocab_size(), model.max_model_len
-                    )
+                    extra[PREDICTION] = tokenised(extra[PREDICTION], self)
                 params.extra_args = extra
             return request
 

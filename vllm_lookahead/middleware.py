@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vllm_lookahead.predictions import PREDICTION, count_accepted
+from vllm_lookahead.predictions import PREDICTION, PredictionError, count_accepted, token_ids
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -70,10 +70,13 @@ class PredictedOutputs:
         if request is None or request.get(PREDICTION) is None:
             await self._app(scope, replay(body, receive), send)
             return
+        engine = scope["app"].state.engine_client
         try:
-            prediction = Prediction.model_validate(request.pop(PREDICTION)).text
+            text = Prediction.model_validate(request.pop(PREDICTION)).text
             if PREDICTION in (request.get("vllm_xargs") or {}):
-                raise ValueError("can't be in vllm_xargs, too")
+                raise PredictionError(f"{PREDICTION}: can't be in vllm_xargs, too")
+            # it may be as long as the context: other requests shall not wait for it
+            prediction = await asyncio.to_thread(tokenised, text, engine)
         except ValueError as error:
             await refuse(send, explain(error))
             return
@@ -83,7 +86,7 @@ class PredictedOutputs:
             "vllm_xargs": {**(request.get("vllm_xargs") or {}), PREDICTION: prediction},
         }
         changed = json.dumps(request).encode()
-        answer = Answer(send, Usage(prediction, scope["app"].state.engine_client), keep_tokens=wanted)
+        answer = Answer(send, Usage(prediction), keep_tokens=wanted)
         await self._app(with_length(scope, len(changed)), replay(changed, receive), answer)
 
 
@@ -91,13 +94,11 @@ class Usage:
     """How much of a prediction an answer said.
 
     Args:
-        prediction: its text.
-        engine: vLLM's engine client, whose tokenizer the prediction goes through.
+        prediction: its token ids.
     """
 
-    def __init__(self, prediction: str, engine: Any) -> None:
+    def __init__(self, prediction: list[int]) -> None:
         self._prediction = prediction
-        self._engine = engine
         self._outputs: dict[int, list[int]] = {}
 
     def add(self, choices: list[dict[str, Any]]) -> None:
@@ -107,13 +108,10 @@ class Usage:
 
     async def write(self, usage: dict[str, Any]) -> None:
         """Add the figures to an answer's usage."""
-        tokenizer = self._engine.get_tokenizer()
-        # a prediction may be as long as the context: other requests shall not wait for it
-        predicted = await asyncio.to_thread(tokenizer.encode, self._prediction, add_special_tokens=False)
         accepted = 0
         for output in self._outputs.values():
-            accepted += await asyncio.to_thread(count_accepted, predicted, output)
-        rejected = len(predicted) * len(self._outputs) - accepted
+            accepted += await asyncio.to_thread(count_accepted, self._prediction, output)
+        rejected = len(self._prediction) * len(self._outputs) - accepted
         usage["completion_tokens_details"] = {
             **(usage.get("completion_tokens_details") or {}),
             "accepted_prediction_tokens": accepted,
@@ -200,6 +198,21 @@ class Answer:
         return answer
 
 
+def tokenised(text: str, engine: Any) -> list[int]:
+    """A prediction's token ids.
+
+    Args:
+        text: the prediction.
+        engine: vLLM's engine client.
+
+    Raises:
+        PredictionError: it is too long, or the engine has no tokenizer.
+    """
+    model = engine.model_config
+    tokenizer = None if model.skip_tokenizer_init else engine.get_tokenizer()
+    return token_ids(text, tokenizer, model.get_vocab_size(), model.max_model_len)
+
+
 async def read_body(receive: Receive) -> bytes | None:
     """A request's whole body; None if the client went away."""
     body = b""
@@ -245,7 +258,7 @@ def explain(error: ValueError) -> str:
     """One line that names the field and what is allowed."""
     allowed = 'must be {"type": "content", "content": a text or a list of {"type": "text", "text": ...}}'
     if not isinstance(error, ValidationError):
-        return f"{PREDICTION}: {error}"
+        return str(error)
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in (PREDICTION, *first["loc"]))
     return f"{PREDICTION}: {allowed} ({where}: {first['msg']})"
