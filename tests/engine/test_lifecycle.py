@@ -72,7 +72,7 @@ def memory() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def test_3000_requests_with_random_aborts(
+def test_1500_requests_with_random_aborts(
     ours: LLM, reference: Callable[[Case], list[RequestOutput]], encode: Encode
 ) -> None:
     case = CASES[0]
@@ -84,8 +84,8 @@ def test_3000_requests_with_random_aborts(
     memories = []
     num_aborted = 0
     for part in range(6):
-        outputs, aborted = run_with_aborts(ours, prompts, 500, seed=part)
-        assert outputs.keys() == set(range(500)) - aborted, "a request got lost"
+        outputs, aborted = run_with_aborts(ours, prompts, 250, seed=part)
+        assert outputs.keys() == set(range(250)) - aborted, "a request got lost"
         for i, output in outputs.items():
             assert list(output.outputs[0].token_ids) == expected[i % len(prompts)][: 1 + i % 12], f"request {i}"
         assert len(runner.drafter) == 0, "a request's state outlives it"
@@ -93,9 +93,9 @@ def test_3000_requests_with_random_aborts(
         assert not runner.input_batch.req_ids
         num_aborted += len(aborted)
         memories.append(memory())
-    assert num_aborted > 200
+    assert num_aborted > 100
     grown = memories[5] - memories[3]
-    assert grown < 16 << 20, f"memory grew by {grown >> 10} KiB in 1000 requests"
+    assert grown < 8 << 20, f"memory grew by {grown >> 10} KiB in 500 requests"
 
 
 class FailingOptions(PromptLookupOptions):
