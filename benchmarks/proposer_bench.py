@@ -3,6 +3,7 @@ beside vLLM's own methods.
 
     python benchmarks/proposer_bench.py speed
     python benchmarks/proposer_bench.py replay FOLDER
+    python benchmarks/proposer_bench.py predictions FOLDER
 
 (Not called proposers.py: beside a script of that name, ``import proposers`` would find the script.)
 """
@@ -26,12 +27,14 @@ from rich.console import Console
 from rich.table import Table
 
 from proposers import (
+    NO_INFO,
     DraftTree,
     Lookahead,
     LookaheadOptions,
     PromptLookup,
     PromptLookupOptions,
     Proposer,
+    RequestInfo,
     Verified,
 )
 from proposers.tree import IntArray
@@ -237,9 +240,12 @@ class Ours:
 
     def __init__(self, proposer: Proposer, budget: int) -> None:
         self.proposer, self.budget = proposer, budget
+        self.infos: list[RequestInfo] = []
+        proposer.warm_up()
 
     def start(self, number: int, prompt: IntArray) -> None:
-        self.request = self.proposer.start(f"request {number}", prompt)
+        info = self.infos[number] if self.infos else NO_INFO
+        self.request = self.proposer.start(f"request {number}", prompt, info)
 
     def guess(self, context: IntArray) -> DraftTree:
         return self.request.propose(context, self.budget)
@@ -375,6 +381,48 @@ def replay(
             ratio = run.tokens_per_step / runs["suffix"].tokens_per_step
             results.append({"trace": name, "method": method, **run._asdict(), "of_suffix": ratio})
             table.add_row(name, method, f"{run.tokens_per_step:.3f}", f"{run.nodes_per_step:.2f}", f"{ratio:.3f}")
+    report(table, {"machine": machine(), "path": str(path), "results": results}, json_out)
+
+
+PREDICTIONS = ("none", "the output", "one token in 40 changed", "a piece left out", "another answer")
+
+
+def predicted(kind: str, requests: list[tuple[IntArray, IntArray]], number: int, rng: np.random.Generator) -> Any:
+    """A prediction of one request's output; see ``PREDICTIONS``."""
+    output = requests[number][1]
+    if kind == "none":
+        return None
+    if kind == "another answer":
+        return requests[number - 1][1]
+    if kind == "a piece left out":
+        third = len(output) // 3
+        return np.concatenate((output[:third], output[third + 10 :]))
+    changed = output.copy()
+    if kind != "the output":
+        changed[rng.integers(0, len(output), max(1, len(output) // 40))] += 1
+    return changed
+
+
+@app.command()
+def predictions(
+    path: Annotated[Path, typer.Argument(help="Folder of traces, or one file (see read_traces).")],
+    most: Annotated[int, typer.Option(min=2, help="Requests of each trace.")] = 60,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Tokens per step with predicted outputs, from perfect to useless; nothing is known from other requests."""
+    table = Table(title=f"{path}, at most {BUDGET} nodes")
+    for heading in ("trace", "prediction", "tokens per step", "nodes per step"):
+        table.add_column(heading, justify="left" if heading in ("trace", "prediction") else "right")
+    results = []
+    for name, requests in read_traces(path):
+        chosen = [request for request in requests if len(request[1]) > 20][:most]
+        for kind in PREDICTIONS:
+            rng = np.random.default_rng(0)
+            guesser = prompt_lookup(shared_tokens=0)
+            guesser.infos = [RequestInfo(None, predicted(kind, chosen, i, rng)) for i in range(len(chosen))]
+            run = replay_with(guesser, chosen)
+            results.append({"trace": name, "prediction": kind, **run._asdict()})
+            table.add_row(name, kind, f"{run.tokens_per_step:.3f}", f"{run.nodes_per_step:.1f}")
     report(table, {"machine": machine(), "path": str(path), "results": results}, json_out)
 
 
