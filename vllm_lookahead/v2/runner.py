@@ -137,7 +137,7 @@ class LookaheadV2RunnerMixin(Base):
         """As vLLM's, with our verification instead of rejection sampling."""
         super().load_model(*args, **kwargs)
         if self.drafter.proposer.num_top:
-            self.sampler = RootSampler(self.sampler, self)
+            self.sampler = RootSampler.over(self.sampler, self)
         self.rejection_sampler = TreeVerifier(self)
         self._reads_paths = not all(isinstance(p, READS_NO_PATH) for p in self.sampler.logits_processors)
 

@@ -56,16 +56,23 @@ class _Rows(NamedTuple):
 
 
 class RootSampler(Sampler):
-    """vLLM's sampler for steps without drafts, in which the roots' logits are of use, too.
+    """vLLM's sampler for steps without drafts, in which the roots' logits are of use, too."""
 
-    Args:
-        sampler: vLLM's, whose state it goes on with.
-        runner: whose steps they are.
-    """
+    _runner: LookaheadV2RunnerMixin
 
-    def __init__(self, sampler: Sampler, runner: LookaheadV2RunnerMixin) -> None:
-        self.__dict__.update(sampler.__dict__)
-        self._runner = runner
+    @classmethod
+    def over(cls, sampler: Sampler, runner: LookaheadV2RunnerMixin) -> RootSampler:
+        """One that goes on with the state of vLLM's.
+
+        Args:
+            sampler: vLLM's.
+            runner: whose steps are sampled.
+        """
+        made = cls.__new__(cls)
+        for name, value in vars(sampler).items():
+            setattr(made, name, value)
+        made._runner = runner
+        return made
 
     def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
         """As vLLM's."""
