@@ -35,6 +35,8 @@ from proposers import (
     PromptLookupOptions,
     Proposer,
     RequestInfo,
+    TokenRecycling,
+    TokenRecyclingOptions,
     Verified,
 )
 from proposers.tree import IntArray
@@ -63,11 +65,13 @@ def of_proposer(proposer: Proposer, budget: int) -> Callable[[IntArray], Step]:
         request = proposer.start(f"request of {len(prompt)}", prompt)
         said = np.arange(1 + budget, dtype=np.int32)
         nothing = np.empty(0, np.int32)
+        likely = np.random.default_rng(0).zipf(1.3, (1 + budget, proposer.num_top)).astype(np.int32) % 32_000
 
         def step(context: IntArray) -> int:
             tree = request.propose(context, budget)
             argmax = said[: len(tree) + 1] if proposer.needs_argmax else None
-            request.observe(tree, Verified(said[:1], nothing, argmax, len(tree)))
+            top = likely[: len(tree) + 1] if proposer.num_top else None
+            request.observe(tree, Verified(said[:1], nothing, argmax, len(tree), top))
             return len(tree)
 
         return step
@@ -131,6 +135,10 @@ def speed(
     # The comb of W=15 N=5 comes on top of the 64 guessed nodes.
     candidates: dict[str, Callable[[IntArray], Step] | None] = {
         "prompt_lookup": of_proposer(PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET)), BUDGET),
+        "prompt_lookup, texts only": of_proposer(
+            PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, recycled_tokens=0)), BUDGET
+        ),
+        "token_recycling": of_proposer(TokenRecycling(TokenRecyclingOptions(max_draft_tokens=BUDGET)), BUDGET),
         "lookahead": of_proposer(Lookahead(lookahead), BUDGET + 59),
         "stock ngram": of_stock_ngram(),
     }

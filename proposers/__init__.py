@@ -8,6 +8,7 @@ from proposers.lookahead import Lookahead, LookaheadOptions, LookaheadRequest
 from proposers.numba_cache import drop_stale
 from proposers.prompt_lookup import PromptLookup
 from proposers.registry import get, names, register
+from proposers.token_recycling import TokenRecycling, TokenRecyclingOptions
 from proposers.tree import ROOT, DraftTree, TrieBuilder, merge
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "ProposerOptions",
     "RequestInfo",
     "RequestProposer",
+    "TokenRecycling",
+    "TokenRecyclingOptions",
     "TrieBuilder",
     "Verified",
     "get",

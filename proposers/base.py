@@ -98,7 +98,9 @@ class RequestProposer(ABC):
         """
 
     def observe(self, tree: DraftTree, verified: Verified) -> None:  # noqa: B027 - learning is optional
-        """Learn from the verification of the last proposed tree. Not called for a tree that was dropped unverified."""
+        """Learn from the verification of the last proposed tree. Not called for a tree that was dropped unverified, but
+        where the proposer's ``num_top`` is set, also with an empty tree after a step of the request without any.
+        """
 
     def finish(self) -> None:  # noqa: B027 - most hold nothing but memory
         """Free what this request holds. Called once, however the request ends."""

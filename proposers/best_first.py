@@ -25,6 +25,7 @@ from proposers.calibration import (
     COPIES,
     POOL,
     RANKS,
+    RECYCLED,
     TEXTS,
     Float64Array,
     agreement_class,
@@ -34,6 +35,7 @@ from proposers.calibration import (
     learn,
     row_level,
 )
+from proposers.recycled_tokens import TOP, find_recycled
 from proposers.text_index import (
     FOLLOWERS,
     ORDER,
@@ -104,9 +106,9 @@ def open_node(
     Args:
         history: int32 [h], the tokens up to the node, the last ``LONGEST_KEY`` of them or more.
         states: the texts' indices (``text_index``).
-        owners: int32 [4], whose text may be found in each; ``NOBODY`` leaves it out.
+        owners: int32 [sources], whose text may be found in each; ``NOBODY`` leaves it out.
         shortest: the shortest n-gram whose followers count.
-        recycled: int32 [v, k], the target's likeliest tokens after each token, -1 where unknown; or [0, 0].
+        recycled: the target's likeliest tokens after each token (``recycled_tokens``).
         tokens: int32 [c, d], the copies' tokens, from the root's child down.
         about: int32 [3, c], for each copy how many tokens it has, how many before it agree, and its source.
         order: int32 [c], copies; those that lead through this node are at ``low`` to ``high``, most trusted first.
@@ -182,10 +184,12 @@ def open_node(
                 count,
                 left,
             )
-            last = history[len(history) - 1]
-            if last < recycled.shape[0]:
-                for rank in range(recycled.shape[1]):
-                    token = recycled[last, rank]
+            row = np.int64(-1)
+            if owners[RECYCLED] >= 0:
+                row = find_recycled(recycled, owners[RECYCLED], history[len(history) - 1])
+            if row >= 0:
+                for rank in range(recycled.shape[1] - TOP):
+                    token = recycled[row, TOP + rank]
                     if token < 0 or count == MOST_CHILDREN or left <= enough:
                         break
                     if _find(children, count, marks, serial, token) >= 0:

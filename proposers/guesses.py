@@ -14,13 +14,15 @@ from numba import njit
 from pydantic import Field, model_validator
 
 from proposers import text_index
-from proposers.base import ProposerOptions, RequestInfo
+from proposers.base import ProposerOptions, RequestInfo, Verified
 from proposers.best_first import AGREEMENT, LENGTH, SOURCE, grow_tree, learn_from
 from proposers.calibration import (
     CORPUS,
     LOCAL,
+    MOST_RANKS,
     POOL,
     PREDICTION,
+    RECYCLED,
     SHARED,
     TEXTS,
     Calibration,
@@ -28,15 +30,18 @@ from proposers.calibration import (
     agreement_class,
     source_of,
 )
+from proposers.recycled_tokens import RecycledTokens, note, recycle
 from proposers.shared_text import SharedText, write
 from proposers.text_index import NO_INDEX, NOBODY, TOKENS, allocate, extend, find_places, next_place
-from proposers.tree import ByteArray, FloatArray, IntArray
+from proposers.tree import ByteArray, DraftTree, FloatArray, IntArray
 
 MAX_NGRAM = 8
 """Largest n-gram that can be looked up."""
 NO_TOKENS = np.empty((0, 0), np.int32)
-NODES = 9
+NODES = 10
 """Which of ``RequestGuesses.arguments`` are the nodes."""
+SAID = 2
+"""Where in ``next_tree``'s progress the number of tokens stands of which the target model has said what follows."""
 STEPS = 24
 """Longest walk along the places of one n-gram."""
 
@@ -61,6 +66,12 @@ class PromptLookupOptions(ProposerOptions):
     share_prompts: bool = Field(False, description="Remember prompts, too.")
     corpus: str | None = Field(
         None, min_length=1, description="A .txt or .jsonl file, or a folder of them, to guess from."
+    )
+    recycled_tokens: int = Field(
+        8,
+        ge=0,
+        le=MOST_RANKS,
+        description="How many of the model's own likeliest tokens are remembered after each token; 0: none.",
     )
 
     @property
@@ -96,7 +107,7 @@ class Guesses:
         self.calibration = Calibration()
         self.shared = SharedText(o.shared_tokens, o.max_ngram) if o.shared_tokens > 0 else None
         self.corpus = NO_INDEX
-        self.recycled = NO_TOKENS
+        self.recycled = RecycledTokens(o.recycled_tokens) if o.recycled_tokens > 0 else None
 
 
 class RequestGuesses:
@@ -125,7 +136,8 @@ class RequestGuesses:
         most = TEXTS * o.max_matches + pool[0]
         self._copies = np.empty((most, max(o.max_depth, pool[1])), np.int32)
         self._about = np.empty((3, most), np.int32)
-        self._progress = np.zeros(2, np.int64)  # copies found last, and the context's length then
+        # copies found last, the context's length then, and what has been said since
+        self._progress = np.zeros(3, np.int64)
         self._local = self._reserved(len(prompt)) if texts else NO_INDEX
         self._shared = NO_INDEX
         owner = NOBODY
@@ -139,17 +151,35 @@ class RequestGuesses:
             self._prediction = predicted_text(prompt, info.prediction, o.max_ngram)
             predicted = 0
         corpus = 0 if texts and len(guesses.corpus) > text_index.HEADER else NOBODY
-        self._owners = np.array([0 if texts else NOBODY, owner, predicted, corpus], np.int32)
+        recycler = NOBODY if guesses.recycled is None else guesses.recycled.owner(info.namespace)
+        self._owners = np.array([0 if texts else NOBODY, owner, predicted, corpus, NOBODY, recycler], np.int32)
+        self._root = NOBODY
+        room = 0 if guesses.recycled is None else 2 * (guesses.nodes.shape[1] + 1)
+        self._said = np.empty(room, np.int32), np.empty((room, o.recycled_tokens), np.int32)
         self._texts = texts
         # an n-gram of the pool is taken as it is
-        depth, threshold = (o.max_depth, o.min_probability) if texts else (pool[1], 0.0)
+        depth, threshold = (o.max_depth, o.min_probability) if texts or room else (pool[1], 0.0)
         self._settings = (o.min_ngram, o.max_matches, depth, threshold)
 
     def _reserved(self, length: int) -> IntArray:
         return allocate(length + length // 2 + 256, self._guesses.options.max_ngram, own_tokens=False)
 
-    def arguments(self, length: int) -> tuple[Any, ...]:
-        """What ``next_tree`` takes after the context and the pool's guesses, for a context of ``length`` tokens."""
+    def observe(self, tree: DraftTree, verified: Verified) -> None:
+        """Keep what the target model said at the verified guesses for the next ``next_tree``, which takes it in when it
+        has learnt what the last tree was worth: before, that would have been a look into the future.
+        """
+        if verified.top is not None and len(self._said[0]) and self._root >= 0:
+            n = min(verified.num_nodes, tree.num_guesses)
+            path = verified.path[verified.path < n]
+            self._progress[SAID] = note(
+                *self._said, self._progress[SAID], self._root, tree.token_ids[:n], verified.top[: n + 1], path
+            )
+        self._root = int(verified.tokens[-1])
+
+    def arguments(self, context: IntArray) -> tuple[Any, ...]:
+        """What ``next_tree`` takes after the context and the pool's guesses."""
+        length = len(context)
+        self._root = int(context[-1])
         if self._texts and length > self._local[text_index.CAPACITY]:
             self._local = self._reserved(length)
         g = self._guesses
@@ -157,7 +187,8 @@ class RequestGuesses:
             (self._local, self._shared, self._prediction, g.corpus),
             self._owners,
             self._writer,
-            g.recycled,
+            NO_TOKENS if g.recycled is None else g.recycled.state,
+            self._said,
             self._copies,
             self._about,
             self._progress,
@@ -188,6 +219,7 @@ def next_tree(
     owners: IntArray,
     writer: IntArray,
     recycled: IntArray,
+    said: tuple[IntArray, IntArray],
     copies: IntArray,
     about: IntArray,
     progress: IntArray,
@@ -210,9 +242,11 @@ def next_tree(
         owners: see there.
         writer: see ``shared_text.write``.
         recycled: see there.
+        said: int32 [room] and [room, k], tokens and what the target model found likeliest after them.
         copies: what ``find_copies`` wrote for the last tree, changed in place.
         about: see ``copies``.
-        progress: int64 [2], how many copies those are, and the context's length then; changed in place.
+        progress: int64 [3], how many copies those are, the context's length then, and how many entries ``said`` has;
+            changed in place.
         engine: see there.
         request: see there.
         nodes: see ``best_first.grow_tree``; so ``chances``, ``max_depth`` and ``threshold``.
@@ -229,6 +263,9 @@ def next_tree(
         learn_from(
             context, progress[1], states, owners, shortest, recycled, copies, about, progress[0], engine, request
         )
+    if progress[SAID] > 0:
+        recycle(recycled, owners[RECYCLED], said[0][: progress[SAID]], said[1])
+        progress[SAID] = 0
     if owners[LOCAL] >= 0:
         extend(states[LOCAL], context, len(context) - 1)
     if owners[SHARED] >= 0:

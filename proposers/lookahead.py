@@ -84,7 +84,10 @@ class Lookahead(Proposer):
         self.separate_branch = options.branch == "separate"
         self.needs_argmax = not self.separate_branch
         most = options.max_draft_tokens + largest_comb(options.window_size, options.ngram_size)
-        self.guesses = Guesses(options, most)
+        # the paper's method alone needs nothing but its window
+        known = options if options.prompt_lookup else options.model_copy(update={"recycled_tokens": 0})
+        self.num_top = known.recycled_tokens
+        self.guesses = Guesses(known, most)
 
     def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> LookaheadRequest:
         """Begin a request: an empty pool (or the prompt's n-grams) and a window that its first ``propose`` fills."""
@@ -103,6 +106,8 @@ class Lookahead(Proposer):
             comb = request.propose_branch(context[:end], 1)
             request.observe_branch(comb, np.zeros(len(comb) + 1, np.int32))
             request.propose(context[:end], 1)
+            top = np.zeros((len(tree) + 1, self.num_top), np.int32)
+            request.observe(tree, Verified(context[:1], context[:0], None, len(tree), top))
         tree.ancestor_mask()
         request._pool.reserve(1000)
 
@@ -149,6 +154,9 @@ class LookaheadRequest(RequestProposer):
 
     def observe(self, tree: DraftTree, verified: Verified) -> None:
         """Take the tips' argmax out of a fused tree, and measure what the branch adds to prompt lookup alone."""
+        self._known.observe(tree, verified)
+        if not len(tree):
+            return
         if tree.num_branch and verified.argmax is not None and self._due:
             argmax = np.asarray(verified.argmax, np.int32)
             store_tips(self._window.state, argmax, tree.num_guesses, verified.num_nodes - tree.num_guesses)
@@ -188,7 +196,7 @@ class LookaheadRequest(RequestProposer):
             with_comb,
             not self.without_branch,
             *self._settings,
-            self._known.arguments(len(context)),
+            self._known.arguments(context),
         )
         nodes = self._guesses.nodes[:, : guessed + comb].copy()
         chances = self._guesses.chances[:guessed].copy()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer
+from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer, Verified
 from proposers.calibration import SOURCES
 from proposers.corpus import open_index
 from proposers.guesses import Guesses, PromptLookupOptions, RequestGuesses, next_tree, sources_of
@@ -33,10 +33,12 @@ class PromptLookup(Proposer):
     def __init__(self, options: PromptLookupOptions) -> None:
         super().__init__(options)
         self.guesses = Guesses(options)
+        self.num_top = options.recycled_tokens
 
     def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> RequestProposer:
         """Begin a request; its prompt is indexed by the first ``propose``."""
-        return _PromptLookupRequest(self, prompt, info)
+        request = RecyclingRequest if self.num_top else GuessingRequest
+        return request(self.guesses, prompt, info, texts=True)
 
     def use_corpus(self, index: Path) -> None:
         """See ``Proposer.use_corpus``."""
@@ -44,19 +46,46 @@ class PromptLookup(Proposer):
 
     def warm_up(self) -> None:
         """Compile the kernels, or load them from numba's cache, so that the first request doesn't wait for it."""
-        request = self.start("warm-up", np.zeros(4, np.int32), RequestInfo(namespace=None))
-        request.propose(np.zeros(8, np.int32), 1)
+        warm_up(self)
 
 
-class _PromptLookupRequest(RequestProposer):
-    def __init__(self, proposer: PromptLookup, prompt: IntArray, info: RequestInfo) -> None:
-        self._guesses = proposer.guesses
-        self._known = RequestGuesses(proposer.guesses, prompt, info)
+def warm_up(proposer: Proposer) -> None:
+    """Go through everything that a request of a proposer of ``GuessingRequest``s calls."""
+    context = np.zeros(8, np.int32)
+    request = proposer.start("warm-up", context[:4], RequestInfo(namespace=None))
+    for end in (6, 8):
+        tree = request.propose(context[:end], 1)
+        top = np.zeros((len(tree) + 1, proposer.num_top), np.int32)
+        request.observe(tree, Verified(context[:1], context[:0], None, len(tree), top))
+
+
+class GuessingRequest(RequestProposer):
+    """A request for which everything that is known makes the guesses; it learns from the text alone.
+
+    Args:
+        guesses: what it shares with the others.
+        prompt: int32 [p].
+        info: what else is known of it.
+        texts: whether texts are looked into.
+    """
+
+    def __init__(self, guesses: Guesses, prompt: IntArray, info: RequestInfo, *, texts: bool) -> None:
+        self._guesses = guesses
+        self._known = RequestGuesses(guesses, prompt, info, texts=texts)
 
     def propose(self, context: IntArray, budget: int) -> DraftTree:
-        size = next_tree(context, NO_POOL, budget, *self._known.arguments(len(context)))
+        """See ``RequestProposer.propose``."""
+        size = next_tree(context, NO_POOL, budget, *self._known.arguments(context))
         if size == 0:
             return NO_GUESS
         nodes = self._guesses.nodes[:, :size].copy()
         chances = self._guesses.chances[:size].copy()
         return DraftTree(nodes[0], nodes[1], nodes[2], 0, chances, sources_of(nodes[3]))
+
+
+class RecyclingRequest(GuessingRequest):
+    """The same, which also learns from what the target model said at the nodes."""
+
+    def observe(self, tree: DraftTree, verified: Verified) -> None:
+        """See ``RequestProposer.observe``."""
+        self._known.observe(tree, verified)

@@ -14,6 +14,7 @@ from vllm_lookahead.predictions import PREDICTION
 
 from .cases import CASES, Case, Encode, either, ids
 from .engines import METHODS, Request, TreeSpy, assert_same, ended_inside_a_path, engine, run
+from .likeliest import TopSpy
 from .prompts import PROMPTS
 
 Reference = Callable[[Case], list[RequestOutput]]
@@ -107,3 +108,18 @@ def test_other_options_of_our_methods(variant: str, demo_model: str, reference: 
     with engine(demo_model, VARIANTS[variant]) as ours:
         got = run(ours, requests, in_flight=8, seed=17)
     assert_same(expected, got, [prompt for case in cases for prompt in case.prompts])
+
+
+def test_token_recycling(demo_model: str, reference: Reference, encode: Encode) -> None:
+    """Alone and in a batch; and what it is told is what the model says, before penalties."""
+    config = {"method": "token_recycling", "num_speculative_tokens": 16, "budget": 16}
+    with engine(demo_model, config) as ours:
+        for name in ("greedy", "seeded sampling", "penalties"):
+            case = next(case for case in CASES if case.name == name)
+            with TreeSpy.on(ours) as spy:
+                got = run(ours, case.requests(encode), in_flight=8, seed=23)
+            assert_same(reference(case), got, case.prompts)
+            spy.assert_trees_were_used()
+        with TopSpy.on(ours) as top:
+            run(ours, case.requests(encode)[:4], in_flight=2)
+        top.assert_it_is_the_models(demo_model, at_least=200)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from engine.cases import CASES, Encode, either, greedy, seeded
 from engine.engines import METHODS, Request, TreeSpy, assert_same, engine, run, runner_of, token_ids
+from engine.likeliest import TopSpy
 from engine.prompts import PROMPTS, REPETITIVE
 from vllm import LLM, RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
@@ -96,6 +97,23 @@ def test_lookahead(demo_model: str, all_cases: tuple[list[Request], list[str], l
     assert_same(expected, got, names)
     assert spy.verified >= 10
     assert spy.accepted >= 1
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_token_recycling(async_scheduling: bool, demo_model: str, stock: LLM, encode: Encode) -> None:
+    """Steps without trees tell it of the roots; what it is told is what the model says."""
+    config = {"method": "token_recycling", "recycled_tokens": 4, "num_speculative_tokens": NODES, "budget": NODES}
+    requests = [Request(tuple(encode(p))[:24], either(i, max_tokens=16)) for i, p in enumerate(REPETITIVE[:4])]
+    with (
+        engine(demo_model, config, async_scheduling=async_scheduling, **SMALL) as ours,
+        TreeSpy.on(ours) as spy,
+        TopSpy.on(ours) as top,
+    ):
+        got = run(ours, requests, in_flight=4)
+    assert_same(run(stock, requests, in_flight=4), got, ["recycling"] * len(requests))
+    assert spy.verified >= 5
+    assert top.without_tree >= 2
+    top.assert_it_is_the_models(demo_model, at_least=50)
 
 
 def test_grammars_beside_trees(stock: LLM, ours: LLM, encode: Encode) -> None:

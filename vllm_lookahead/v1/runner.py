@@ -24,6 +24,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from proposers import DraftTree, RequestInfo
 from vllm_lookahead.drafting.drafter import Drafter
+from vllm_lookahead.drafting.likeliest import likeliest
 from vllm_lookahead.drafting.planner import Planner, room_for
 from vllm_lookahead.drafting.policy import FixedBudget
 from vllm_lookahead.drafting.request_info import request_info
@@ -81,6 +82,7 @@ class LookaheadRunnerMixin(Base):
         self._step: StepTrees | None = None
         self._walks: Walks | None = None
         self._argmax: NDArray[np.int64] | None = None
+        self._top: IntArray | None = None
 
     # ---- what a device's runner provides
 
@@ -217,6 +219,9 @@ class LookaheadRunnerMixin(Base):
         step = self._step
         if logits is None:
             return super()._sample(logits, spec_decode_metadata)
+        if num_top := self.drafter.proposer.num_top:
+            # before the sampler writes penalties into the logits
+            self._top = likeliest(logits, num_top).cpu().numpy()
         if step is None:
             batch = self.input_batch
             discard = self.discard_request_mask.np[: batch.num_reqs]
@@ -279,8 +284,8 @@ class LookaheadRunnerMixin(Base):
         """
         rows = len(sampled_token_ids)
         req_ids = self.input_batch.req_ids[:rows]
-        self.planner.observe(req_ids, sampled_token_ids, self._step, self._walks, self._argmax)
-        self._step = self._walks = self._argmax = None
+        self.planner.observe(req_ids, sampled_token_ids, self._step, self._walks, self._argmax, self._top)
+        self._step = self._walks = self._argmax = self._top = None
         limit = self._node_limit(rows)
         if common is not None and self.drafter.proposer.separate_branch and self.trees_verifiable and limit > 0:
             self._run_branches(sampled_token_ids, common)
