@@ -68,7 +68,7 @@ class PromptLookupOptions(ProposerOptions):
         None, min_length=1, description="A .txt or .jsonl file, or a folder of them, to guess from."
     )
     recycled_tokens: int = Field(
-        8,
+        0,
         ge=0,
         le=MOST_RANKS,
         description="How many of the model's own likeliest tokens are remembered after each token; 0: none.",

@@ -68,7 +68,7 @@ def test_logprob_token_ids(ours: LLM, stock: LLM, encode: Encode) -> None:
 def test_every_source_at_once(
     demo_model: str, reference: Reference, encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other requests, predictions that are right and wrong, and a corpus beside the request's own text."""
+    """Other requests, predictions that are right and wrong, a corpus and recycled tokens beside the own text."""
     cases = [case for case in CASES if case.name in ("greedy", "seeded sampling", "penalties")]
     expected = [output for case in cases for output in reference(case)]
     requests = [request for case in cases for request in case.requests(encode)]
@@ -82,12 +82,12 @@ def test_every_source_at_once(
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(output.outputs[0].text for output in expected[2::3]))
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    with engine(demo_model, {**METHODS["lookahead"], "corpus": str(corpus)}) as ours:
+    with engine(demo_model, {**METHODS["lookahead"], "corpus": str(corpus), "recycled_tokens": 8}) as ours:
         got = run(ours, predicted, in_flight=8, seed=23)
         name = COUNTERS[1][0]
         accepted = {m.labels["source"]: m.value for m in ours.get_metrics() if m.name == name}
     assert_same(expected, got, [prompt for case in cases for prompt in case.prompts])
-    for source in ("context", "requests", "prediction", "corpus"):
+    for source in ("context", "requests", "prediction", "corpus", "recycling"):
         assert accepted[source] >= 10, accepted
 
 
