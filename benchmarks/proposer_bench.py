@@ -135,8 +135,11 @@ def speed(
     # The comb of W=15 N=5 comes on top of the 64 guessed nodes.
     candidates: dict[str, Callable[[IntArray], Step] | None] = {
         "prompt_lookup": of_proposer(PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET)), BUDGET),
-        "prompt_lookup, texts only": of_proposer(
-            PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, recycled_tokens=0)), BUDGET
+        "prompt_lookup, its own text": of_proposer(
+            PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, shared_tokens=0)), BUDGET
+        ),
+        "prompt_lookup, recycling": of_proposer(
+            PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, recycled_tokens=8)), BUDGET
         ),
         "token_recycling": of_proposer(TokenRecycling(TokenRecyclingOptions(max_draft_tokens=BUDGET)), BUDGET),
         "lookahead": of_proposer(Lookahead(lookahead), BUDGET + 59),
