@@ -23,7 +23,7 @@ demo: $(STAMP) ## stock vLLM against [prompt_lookup] on the bundled model (ARGS=
 	@$(BIN)/vllm-lookahead demo $(ARGS)
 
 test: $(STAMP) ## all tests (ARGS="tests/unit" for some)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 15 $(ARGS)
 
 test-ray: $(STAMP) ## the tests that start Ray clusters on this machine, one after the other
 	@$(BIN)/python -m pytest -m ray --durations 15 tests/ray $(ARGS)

@@ -1,33 +1,42 @@
-"""Proposers alone, without an engine: how long a proposal takes, and how good prompt lookup's trees are.
+"""Proposers alone, without an engine: how long a proposal takes, and how good prompt lookup's trees are
+beside vLLM's own methods.
 
     python benchmarks/proposer_bench.py speed
-    python benchmarks/proposer_bench.py replay outputs.jsonl
+    python benchmarks/proposer_bench.py replay FOLDER
+    python benchmarks/proposer_bench.py predictions FOLDER
 
 (Not called proposers.py: beside a script of that name, ``import proposers`` would find the script.)
 """
 
 from __future__ import annotations
 
+import functools
+import gzip
 import json
 import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 import typer
+from numba import njit
 from rich.console import Console
 from rich.table import Table
 
 from proposers import (
+    NO_INFO,
     DraftTree,
     Lookahead,
     LookaheadOptions,
     PromptLookup,
     PromptLookupOptions,
     Proposer,
+    RequestInfo,
+    TokenRecycling,
+    TokenRecyclingOptions,
     Verified,
 )
 from proposers.tree import IntArray
@@ -56,11 +65,13 @@ def of_proposer(proposer: Proposer, budget: int) -> Callable[[IntArray], Step]:
         request = proposer.start(f"request of {len(prompt)}", prompt)
         said = np.arange(1 + budget, dtype=np.int32)
         nothing = np.empty(0, np.int32)
+        likely = np.random.default_rng(0).zipf(1.3, (1 + budget, proposer.num_top)).astype(np.int32) % 32_000
 
         def step(context: IntArray) -> int:
             tree = request.propose(context, budget)
             argmax = said[: len(tree) + 1] if proposer.needs_argmax else None
-            request.observe(tree, Verified(said[:1], nothing, argmax, len(tree)))
+            top = likely[: len(tree) + 1] if proposer.num_top else None
+            request.observe(tree, Verified(said[:1], nothing, argmax, len(tree), top))
             return len(tree)
 
         return step
@@ -124,6 +135,13 @@ def speed(
     # The comb of W=15 N=5 comes on top of the 64 guessed nodes.
     candidates: dict[str, Callable[[IntArray], Step] | None] = {
         "prompt_lookup": of_proposer(PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET)), BUDGET),
+        "prompt_lookup, its own text": of_proposer(
+            PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, shared_tokens=0)), BUDGET
+        ),
+        "prompt_lookup, recycling": of_proposer(
+            PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, recycled_tokens=8)), BUDGET
+        ),
+        "token_recycling": of_proposer(TokenRecycling(TokenRecyclingOptions(max_draft_tokens=BUDGET)), BUDGET),
         "lookahead": of_proposer(Lookahead(lookahead), BUDGET + 59),
         "stock ngram": of_stock_ngram(),
     }
@@ -177,115 +195,246 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": median(values), "max": max(values)}
 
 
-def read_replays(path: Path) -> Iterator[tuple[IntArray, int]]:
-    """Token ids and the length of the prompt, for each line of the JSONL file."""
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        prompt, output = record["prompt_ids"], record["output_ids"]
-        if output:
-            yield np.array(prompt + output, np.int32), len(prompt)
+def read_traces(path: Path) -> Iterator[tuple[str, list[tuple[IntArray, IntArray]]]]:
+    """Name and requests, (prompt, output) in order, of every trace in a folder or file.
+
+    ``.jsonl.gz`` files hold ``{"messages": [...]}`` (a session; each assistant's message is an output) or ``{"prompt":
+    ..., "output": ...}`` as text, tokenised by mistral_common's sentencepiece model; a ``.jsonl`` file holds
+    ``{"prompt_ids": [...], "output_ids": [...]}``.
+    """
+    for file in sorted(path.glob("*.jsonl.gz")) if path.is_dir() else [path]:
+        lines = (gzip.open if file.suffix == ".gz" else open)(file, "rt")
+        requests = [request for line in lines for request in requests_of(json.loads(line))]
+        yield file.name.split(".")[0], [(np.array(p, np.int32), np.array(o, np.int32)) for p, o in requests if o]
 
 
-def replay_tree(proposer: Proposer, text: IntArray, prompt: int, budget: int) -> tuple[int, int]:
-    """Replay one output; returns the number of steps and of nodes."""
-    request = proposer.start("replay", text[:prompt])
-    at, steps, nodes = prompt, 0, 0
-    while at < len(text):
-        tree = request.propose(text[:at], budget)
+def requests_of(record: dict[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    if "prompt_ids" in record:
+        yield record["prompt_ids"], record["output_ids"]
+        return
+    encode, begin, end = mistral_tokenizer()
+    messages = record.get("messages") or [
+        {"role": "user", "content": record["prompt"]},
+        {"role": "assistant", "content": record["output"]},
+    ]
+    prompt = [begin]
+    for message in messages:
+        if message["role"] == "assistant":
+            output = [*encode(message["content"]), end]
+            if message["content"].strip():
+                yield list(prompt), output
+            prompt += output
+        else:
+            prompt += encode(f"[INST] {message['content']} [/INST]")
+
+
+@functools.cache
+def mistral_tokenizer() -> tuple[Callable[[str], list[int]], int, int]:
+    import mistral_common
+    from sentencepiece import SentencePieceProcessor
+
+    model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    tokenizer = SentencePieceProcessor(str(model))
+    return tokenizer.encode, tokenizer.bos_id(), tokenizer.eos_id()
+
+
+class Guesser(Protocol):
+    """One method in a replay: told how each request begins, goes on and ends."""
+
+    def start(self, number: int, prompt: IntArray) -> None: ...
+    def guess(self, context: IntArray) -> DraftTree: ...
+    def finish(self) -> None: ...
+
+
+class Ours:
+    """One of our proposers."""
+
+    def __init__(self, proposer: Proposer, budget: int) -> None:
+        self.proposer, self.budget = proposer, budget
+        self.infos: list[RequestInfo] = []
+        proposer.warm_up()
+
+    def start(self, number: int, prompt: IntArray) -> None:
+        info = self.infos[number] if self.infos else NO_INFO
+        self.request = self.proposer.start(f"request {number}", prompt, info)
+
+    def guess(self, context: IntArray) -> DraftTree:
+        return self.request.propose(context, self.budget)
+
+    def finish(self) -> None:
+        self.request.finish()
+
+
+class Suffix:
+    """vLLM's ``suffix`` with its defaults (package arctic-inference): remembers other requests, drafts chains."""
+
+    DEPTH, REQUESTS, FACTOR, PROBABILITY = 24, 10_000, 1.0, 0.1  # vllm/config/speculative.py
+
+    def __init__(self) -> None:
+        from arctic_inference.suffix_decoding import SuffixDecodingCache
+
+        self.cache = SuffixDecodingCache(self.DEPTH, self.REQUESTS)
+
+    def start(self, number: int, prompt: IntArray) -> None:
+        self.number, self.known = number, len(prompt)
+        self.cache.start_request(number, prompt)
+
+    def guess(self, context: IntArray) -> DraftTree:
+        self.cache.add_active_response(self.number, context[self.known :])
+        self.known = len(context)
+        draft = self.cache.speculate(
+            self.number,
+            context[-self.DEPTH :],
+            max_spec_tokens=self.DEPTH,
+            max_spec_factor=self.FACTOR,
+            min_token_prob=self.PROBABILITY,
+        )
+        return DraftTree.chain(draft.token_ids)
+
+    def finish(self) -> None:
+        self.cache.stop_request(self.number)
+
+
+class StockNgram:
+    """Prompt lookup decoding as published: the longest of 3 to 1 tokens, 10 tokens on (vLLM's ``ngram`` kernel)."""
+
+    def __init__(self) -> None:
+        from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens as find
+
+        self.find = find
+
+    def start(self, number: int, prompt: IntArray) -> None: ...
+
+    def guess(self, context: IntArray) -> DraftTree:
+        return DraftTree.chain(self.find(context, 1, 3, 1 << 20, 10))
+
+    def finish(self) -> None: ...
+
+
+class Replayed(NamedTuple):
+    """What a replay comes to; a request's first token, which no method guesses, counts as a step."""
+
+    tokens_per_step: float
+    nodes_per_step: float
+
+
+def replay_with(guesser: Guesser, requests: list[tuple[IntArray, IntArray]]) -> Replayed:
+    """Decode the outputs again, one request after the other."""
+    tokens = steps = nodes = 0
+    for number, (prompt, output) in enumerate(requests):
+        text = np.concatenate((prompt, output))
+        guesser.start(number, prompt)
+        at = len(prompt) + 1
         steps += 1
-        nodes += len(tree)
-        at += 1 + accepted(tree, text[at:])
-    return steps, nodes
+        while at < len(text):
+            tree = guesser.guess(text[:at])
+            nodes += len(tree)
+            at += 1 + accepted(tree, text[at:])
+            steps += 1
+        guesser.finish()
+        tokens += len(output)
+    return Replayed(tokens / steps, nodes / steps)
 
 
 def accepted(tree: DraftTree, text: IntArray) -> int:
     """How many tokens of the text that follows are in the tree; the last token is always the model's."""
+    return _accepted(tree.token_ids, tree.parents, text)
+
+
+@njit
+def _accepted(token_ids: IntArray, parents: IntArray, text: IntArray) -> int:
     here, depth = -1, 0
-    for node, (token, parent) in enumerate(zip(tree.token_ids.tolist(), tree.parents.tolist(), strict=True)):
-        if depth < len(text) - 1 and parent == here and token == text[depth]:
-            here, depth = node, depth + 1
+    for node in range(len(parents)):
+        if depth < len(text) - 1 and parents[node] == here and token_ids[node] == text[depth]:
+            here = node
+            depth += 1
     return depth
 
 
-def replay_ceiling(text: IntArray, prompt: int, depth: int) -> int:
-    """Number of steps if everything that ever followed the last token were drafted, up to ``depth`` tokens deep."""
-    tokens = text.tolist()
-    places: dict[int, list[int]] = {}
-    at, steps, indexed = prompt, 0, 0
-    while at < len(tokens):
-        for place in range(indexed, at - 1):
-            places.setdefault(tokens[place], []).append(place)
-        indexed = max(indexed, at - 1)
-        best = 0
-        for place in places.get(tokens[at - 1], []):
-            most = min(depth, len(tokens) - 1 - at, at - 1 - place)
-            hit = 0
-            while hit < most and tokens[place + 1 + hit] == tokens[at + hit]:
-                hit += 1
-            best = max(best, hit)
-        steps += 1
-        at += 1 + best
-    return steps
+def prompt_lookup(**options: Any) -> Ours:
+    return Ours(PromptLookup(PromptLookupOptions(**{"max_draft_tokens": BUDGET, **options})), BUDGET)
 
 
-def replay_stock(
-    text: IntArray, prompt: int, start: Callable[..., IntArray], shortest: int, longest: int, k: int
-) -> tuple[int, int]:
-    at, steps, nodes = prompt, 0, 0
-    while at < len(text):
-        draft = start(text[:at], shortest, longest, 1 << 20, k)
-        steps += 1
-        nodes += len(draft)
-        at += 1 + accepted(DraftTree.chain(draft), text[at:])
-    return steps, nodes
+def with_as_few_nodes(requests: list[tuple[IntArray, IntArray]], most: float) -> tuple[float, Replayed]:
+    """The smallest ``min_probability``, to 3%, at which prompt lookup takes no more nodes a step, and what it gives."""
+    low, high = 1e-3, 1.0
+    best = high, Replayed(1.0, 0.0)
+    while high > 1.03 * low:
+        middle = (low * high) ** 0.5
+        result = replay_with(prompt_lookup(min_probability=middle), requests)
+        if result.nodes_per_step <= most:
+            high, best = middle, (middle, result)
+        else:
+            low = middle
+    return best
 
 
 @app.command()
 def replay(
-    path: Annotated[Path, typer.Argument(help='JSONL with {"prompt_ids": [...], "output_ids": [...]} on each line.')],
-    budgets: Annotated[str, typer.Option(help="Values of max_draft_tokens to try.")] = "12,16,24,32,40,48,64",
-    options: Annotated[str, typer.Option(help="JSON object: other options of prompt_lookup.")] = "{}",
+    path: Annotated[Path, typer.Argument(help="Folder of traces, or one file (see read_traces).")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Tokens per step when given outputs are decoded again with prompt lookup's trees.
+    """Tokens per step when given outputs are decoded again in order: PLD, vLLM's suffix, and our prompt lookup.
 
-    The ceiling drafts, without any limit on nodes, all that ever followed the last token (to the same depth).
+    Suffix needs ``pip install --no-deps arctic-inference==0.1.1`` (in an environment of its own: it is a vLLM plugin).
     """
-    texts = list(read_replays(path))
-    total = sum(len(text) - prompt for text, prompt in texts)
-    chosen = json.loads(options)
-    depth = PromptLookupOptions(**chosen).max_depth
-    ceiling = total / sum(replay_ceiling(text, prompt, depth) for text, prompt in texts)
-    results = [{"method": f"ceiling, depth {depth}", "tokens_per_step": ceiling, "of_ceiling": 1.0}]
-    for budget in map(int, budgets.split(",")):
-        proposer = PromptLookup(PromptLookupOptions(**{**chosen, "max_draft_tokens": budget}))
-        runs = [replay_tree(proposer, text, prompt, budget) for text, prompt in texts]
-        results.append(figures(f"prompt_lookup, at most {budget} nodes", total, runs, ceiling))
-    try:
-        from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens as find
-    except ImportError:
-        pass
-    else:
-        for shortest, longest, k in ((5, 5, 5), (1, 3, 10)):
-            runs = [replay_stock(text, prompt, find, shortest, longest, k) for text, prompt in texts]
-            results.append(figures(f"stock ngram {shortest} to {longest}, k={k}", total, runs, ceiling))
-    table = Table(title=f"{len(texts)} outputs, {total:,} tokens")
-    for heading in ("method", "tokens per step", "of ceiling", "nodes per step"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for r in results:
-        nodes = f"{r['nodes_per_step']:.1f}" if "nodes_per_step" in r else "unlimited"
-        table.add_row(str(r["method"]), f"{r['tokens_per_step']:.3f}", f"{r['of_ceiling']:.1%}", nodes)
-    report(table, {"machine": machine(), "file": str(path), "tokens": total, "results": results}, json_out)
+    table = Table(title=f"{path}, at most {BUDGET} nodes")
+    for heading in ("trace", "method", "tokens per step", "nodes per step", "of suffix"):
+        table.add_column(heading, justify="left" if heading in ("trace", "method") else "right")
+    results = []
+    for name, requests in read_traces(path):
+        runs = {"PLD": replay_with(StockNgram(), requests), "suffix": replay_with(Suffix(), requests)}
+        runs["prompt_lookup, itself alone"] = replay_with(prompt_lookup(shared_tokens=0), requests)
+        runs["prompt_lookup"] = replay_with(prompt_lookup(), requests)
+        threshold, few = with_as_few_nodes(requests, runs["suffix"].nodes_per_step)
+        runs[f"prompt_lookup, min_probability {threshold:.3f}"] = few
+        for method, run in runs.items():
+            ratio = run.tokens_per_step / runs["suffix"].tokens_per_step
+            results.append({"trace": name, "method": method, **run._asdict(), "of_suffix": ratio})
+            table.add_row(name, method, f"{run.tokens_per_step:.3f}", f"{run.nodes_per_step:.2f}", f"{ratio:.3f}")
+    report(table, {"machine": machine(), "path": str(path), "results": results}, json_out)
 
 
-def figures(method: str, total: int, runs: list[tuple[int, int]], ceiling: float) -> dict[str, Any]:
-    steps = sum(steps for steps, _ in runs)
-    return {
-        "method": method,
-        "tokens_per_step": total / steps,
-        "of_ceiling": total / steps / ceiling,
-        "nodes_per_step": sum(nodes for _, nodes in runs) / steps,
-    }
+PREDICTIONS = ("none", "the output", "one token in 40 changed", "a piece left out", "another answer")
+
+
+def predicted(kind: str, requests: list[tuple[IntArray, IntArray]], number: int, rng: np.random.Generator) -> Any:
+    """A prediction of one request's output; see ``PREDICTIONS``."""
+    output = requests[number][1]
+    if kind == "none":
+        return None
+    if kind == "another answer":
+        return requests[number - 1][1]
+    if kind == "a piece left out":
+        third = len(output) // 3
+        return np.concatenate((output[:third], output[third + 10 :]))
+    changed = output.copy()
+    if kind != "the output":
+        changed[rng.integers(0, len(output), max(1, len(output) // 40))] += 1
+    return changed
+
+
+@app.command()
+def predictions(
+    path: Annotated[Path, typer.Argument(help="Folder of traces, or one file (see read_traces).")],
+    most: Annotated[int, typer.Option(min=2, help="Requests of each trace.")] = 60,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Tokens per step with predicted outputs, from perfect to useless; nothing is known from other requests."""
+    table = Table(title=f"{path}, at most {BUDGET} nodes")
+    for heading in ("trace", "prediction", "tokens per step", "nodes per step"):
+        table.add_column(heading, justify="left" if heading in ("trace", "prediction") else "right")
+    results = []
+    for name, requests in read_traces(path):
+        chosen = [request for request in requests if len(request[1]) > 20][:most]
+        for kind in PREDICTIONS:
+            rng = np.random.default_rng(0)
+            guesser = prompt_lookup(shared_tokens=0)
+            guesser.infos = [RequestInfo(None, predicted(kind, chosen, i, rng)) for i in range(len(chosen))]
+            run = replay_with(guesser, chosen)
+            results.append({"trace": name, "prediction": kind, **run._asdict()})
+            table.add_row(name, kind, f"{run.tokens_per_step:.3f}", f"{run.nodes_per_step:.1f}")
+    report(table, {"machine": machine(), "path": str(path), "results": results}, json_out)
 
 
 def machine() -> str:

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
-from proposers.base import Proposer, ProposerOptions, RequestProposer, Verified
+from proposers.base import NO_INFO, Proposer, ProposerOptions, RequestInfo, RequestProposer, Verified
+from proposers.guesses import PromptLookupOptions
 from proposers.lookahead import Lookahead, LookaheadOptions, LookaheadRequest
 from proposers.numba_cache import drop_stale
-from proposers.prompt_lookup import PromptLookup, PromptLookupOptions
+from proposers.prompt_lookup import PromptLookup
 from proposers.registry import get, names, register
+from proposers.token_recycling import TokenRecycling, TokenRecyclingOptions
 from proposers.tree import ROOT, DraftTree, TrieBuilder, merge
 
 __all__ = [
+    "NO_INFO",
     "ROOT",
     "DraftTree",
     "Lookahead",
@@ -19,7 +22,10 @@ __all__ = [
     "PromptLookupOptions",
     "Proposer",
     "ProposerOptions",
+    "RequestInfo",
     "RequestProposer",
+    "TokenRecycling",
+    "TokenRecyclingOptions",
     "TrieBuilder",
     "Verified",
     "get",

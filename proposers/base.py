@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -28,12 +29,33 @@ class Verified:
             (entry i + 1), for the first m nodes of the tree; m < n if the scheduler truncated the tree. None unless
             the proposer's ``needs_argmax`` is set.
         num_nodes: m, how many nodes were verified.
+        top: int32 [m + 1, k] or None, the k most likely tokens by the target's logits, likeliest first, after the root
+            (entry 0) and after node i (entry i + 1). k is the proposer's ``num_top``; None if that is 0.
     """
 
     tokens: IntArray
     path: IntArray
     argmax: IntArray | None
     num_nodes: int
+    top: IntArray | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class RequestInfo:
+    """What is known of a request beside its prompt.
+
+    Attributes:
+        namespace: requests of different namespaces never learn from each other's text. None: this one learns from
+            nobody and nobody learns from it.
+        prediction: int32 [p], what the caller expects the output to be, or None.
+    """
+
+    namespace: str | None = ""
+    prediction: IntArray | None = None
+
+
+NO_INFO = RequestInfo()
+"""Of a request that has nothing of its own to say and shares with all others like it."""
 
 
 class RequestProposer(ABC):
@@ -76,7 +98,9 @@ class RequestProposer(ABC):
         """
 
     def observe(self, tree: DraftTree, verified: Verified) -> None:  # noqa: B027 - learning is optional
-        """Learn from the verification of the last proposed tree. Not called for a tree that was dropped unverified."""
+        """Learn from the verification of the last proposed tree. Not called for a tree that was dropped unverified, but
+        where the proposer's ``num_top`` is set, also with an empty tree after a step of the request without any.
+        """
 
     def finish(self) -> None:  # noqa: B027 - most hold nothing but memory
         """Free what this request holds. Called once, however the request ends."""
@@ -87,6 +111,10 @@ class Proposer(ABC):
 
     Options: ClassVar[type[ProposerOptions]] = ProposerOptions
     needs_argmax: bool = False
+    num_top: int = 0
+    """How many of the target's likeliest tokens ``Verified.top`` shall hold."""
+    sources: tuple[str, ...] = ()
+    """Names of what guesses come from, where its trees say so (``DraftTree.sources``)."""
     separate_branch: bool = False
     """Whether the lookahead branch runs in forwards of its own, not in the verification's."""
 
@@ -94,13 +122,18 @@ class Proposer(ABC):
         self.options = options
 
     @abstractmethod
-    def start(self, request_id: str, prompt: IntArray) -> RequestProposer:
+    def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> RequestProposer:
         """Begin a request. All randomness must come from ``request_id``: every tensor-parallel rank must agree.
 
         Args:
             request_id: vLLM's id of the request.
             prompt: int32 [p], its prompt tokens. A view: don't keep it.
+            info: what else is known of it.
         """
+
+    def use_corpus(self, index: Path) -> None:
+        """Guess from a corpus, too, whose index ``proposers.corpus`` wrote. Only asked of those with the option."""
+        raise NotImplementedError
 
     def warm_up(self) -> None:  # noqa: B027 - not every proposer compiles
         """Compile or load what the first request would otherwise wait for. Called at engine start."""

@@ -1,10 +1,13 @@
-"""How often guesses hold, learnt while a request runs, by how many tokens of context they rest on.
+"""How often guesses hold, learnt while requests run, by what they rest on.
 
-A guess that rests on a match of one token holds far less often than one that rests on ten, and how often either holds
-depends on the model, the text and the temperature. So each request keeps, for every length of match, how often one of
-the tree's children was right at the nodes that the text really visited. It learns that from the text alone: at the
-next call the new tokens say how the last tree would have fared, whether it was verified or not. A new request starts
-from what the engine has seen so far.
+What is known about the next token is sorted into *levels* (``best_first``), the most trusted first: copies of long
+stretches, then the followers of ever shorter n-grams. A level promises that the next token is one of those that it adds
+to the levels before it. How often that comes true depends on the model, the text and the temperature; so it is counted,
+for each kind of level, at every node that the text really visits. It is learnt from the text alone: at the next call
+the new tokens say how the last tree would have fared, whether it was verified or not.
+
+This is how PPM compressors estimate their escapes ("secondary escape estimation", Shkarin, "PPM: one step to
+practicality", 2002); a tree's chances are such a compressor's probabilities.
 
 All arithmetic is plain IEEE in a fixed order: every tensor-parallel rank learns the same.
 """
@@ -15,86 +18,199 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from proposers.best_first import MAX_MATCH
 from proposers.tree import IntArray
 
 Float64Array = NDArray[np.float64]
 
-# Chance that the next token is among the candidates' when the longest of them matches so many tokens, before anything
-# is learnt. Measured on Python source.
-HIT = np.array([0.0, 0.42, 0.57, 0.60, 0.66, 0.68, 0.72, 0.74, 0.76, 0.79, 0.81, 0.84, 0.86, 0.88, 0.89, 0.90, 0.95])
-# Observations that the starting values count for: HIT in the engine's average, that average in a request.
-ENGINE_WEIGHT = 20.0
-REQUEST_WEIGHT = 4.0
-RATIO_WEIGHT = 8.0
-ENGINE_KEEP = 0.998
-REQUEST_KEEP = 0.97
-"""How much of what was learnt one new observation leaves."""
+LOCAL, SHARED, PREDICTION, CORPUS, POOL, RECYCLED = range(6)
+"""Sources. The first four are texts with an index, the fifth are n-grams, the sixth single tokens."""
+SOURCES = ("context", "requests", "prediction", "corpus", "pool", "recycling")
+"""Their names, in that order."""
+TEXTS = 4
 
-PRIOR, HELD, SEEN, CHANCE = 0, 1, 2, 3
-"""Rows of a state: the chances at the start; what was observed, fading; the chances now. A column per match length."""
+# Kinds of levels. Rows of followers: by the n-gram's length (1, 2, 3 or more), the source, how much this source knows
+# and how much the best of the others does (KNOWLEDGE). Copies: by source, agreement in tokens, and whether there are
+# several and these say the same. Recycled tokens: by their rank.
+LENGTHS = 3
+KNOWLEDGE = 7
+AGREEMENTS = 14
+COPIES = TEXTS * LENGTHS * KNOWLEDGE * KNOWLEDGE
+RANKS = COPIES + (TEXTS + 1) * AGREEMENTS * 3
+MOST_RANKS = 16
+LEVELS = RANKS + MOST_RANKS
+
+HELD, SEEN = 0, 1
+"""Rows of a state: how often a kind of level held and was seen, fading."""
+
+# How much of what was learnt one new observation of the same kind leaves, and what the start counts for. What a request
+# learns for itself weighs little: right guesses come in runs, which say less than they seem to.
+ENGINE_KEEP = 0.998
+ENGINE_WEIGHT = 8.0
+REQUEST_KEEP = 0.995
+REQUEST_WEIGHT = 64.0
+MOST = 0.995
+"""No level is ever surer than this."""
+
+
+@njit(cache=True, inline="always")
+def knowledge(count: int, kinds: int) -> int:
+    """How much a row knows that has seen ``count`` followers of so many kinds: 0 (nothing) to ``KNOWLEDGE`` - 1."""
+    if count <= 1:
+        return count
+    if kinds == 1:
+        return 2 if count <= 3 else 3
+    if count <= 4:
+        return 4
+    return 5 if count <= 16 else 6
+
+
+@njit(cache=True, inline="always")
+def row_level(n: int, source: int, own: int, others: int) -> int:
+    """The kind of level that a row after ``n`` tokens is; ``own`` and ``others`` by ``knowledge``."""
+    return ((min(n, LENGTHS) - 1) * TEXTS + source) * KNOWLEDGE * KNOWLEDGE + own * KNOWLEDGE + others
+
+
+@njit(cache=True, inline="always")
+def agreement_class(agreement: int) -> int:
+    """0 to ``AGREEMENTS`` - 1, by how many tokens before a copy agree."""
+    if agreement <= 4:
+        return max(agreement, 0)
+    if agreement <= 6:
+        return 5
+    if agreement <= 8:
+        return 6
+    if agreement <= 12:
+        return 7
+    if agreement <= 16:
+        return 8
+    if agreement <= 24:
+        return 9
+    if agreement <= 32:
+        return 10
+    if agreement <= 64:
+        return 11
+    return 12 if agreement <= 128 else 13
+
+
+@njit(cache=True, inline="always")
+def copy_level(source: int, agreement: int, several: int) -> int:
+    """The kind of level that copies are.
+
+    Args:
+        source: where they come from.
+        agreement: by ``agreement_class``.
+        several: 0 for a single one, 1 if all say the same, else 2.
+    """
+    return COPIES + (source * AGREEMENTS + agreement) * 3 + several
+
+
+@njit(cache=True, inline="always")
+def source_of(level: int) -> int:
+    """The source that a kind of level belongs to."""
+    if level >= RANKS:
+        return RECYCLED
+    if level >= COPIES:
+        return (level - COPIES) // (3 * AGREEMENTS)
+    return level // (KNOWLEDGE * KNOWLEDGE) % TEXTS
+
+
+# What is assumed before anything is learnt: measured on outputs of Llama 3 (chat) and of GPT-4 (an agent's steps).
+# Rows by length of the n-gram, columns by knowledge, from 1 on; and by agreement.
+OWN_ROWS = ((0.26, 0.5, 0.65, 0.23, 0.3, 0.4), (0.42, 0.72, 0.9, 0.28, 0.4, 0.58), (0.6, 0.87, 0.97, 0.42, 0.6, 0.75))
+ROWS_OF_OTHERS = (
+    (0.16, 0.28, 0.5, 0.16, 0.2, 0.2),
+    (0.2, 0.43, 0.78, 0.18, 0.22, 0.3),
+    (0.35, 0.68, 0.9, 0.27, 0.36, 0.5),
+)
+OWN_COPIES = (0.1, 0.25, 0.42, 0.52, 0.58, 0.65, 0.72, 0.78, 0.85, 0.9, 0.92, 0.94, 0.96, 0.97)
+COPIES_OF_OTHERS = (0.1, 0.16, 0.22, 0.27, 0.31, 0.4, 0.5, 0.62, 0.72, 0.8, 0.85, 0.88, 0.9, 0.92)
+POOLED = 0.3
+RANKED = (0.25, 0.15, 0.1, 0.07, 0.05, 0.04, 0.03)
+UNANIMOUS, DIVIDED = 0.6, 0.6
+"""Several copies that agree leave so much of the doubt; several that don't keep so much of the trust."""
+
+
+def prior() -> Float64Array:
+    """float64 [``LEVELS``]: what is assumed before anything is learnt."""
+    chances = np.zeros(LEVELS)
+    for source in range(TEXTS):
+        own = source in (LOCAL, PREDICTION)
+        for n, row in enumerate(OWN_ROWS if own else ROWS_OF_OTHERS, 1):
+            for known, value in enumerate(row, 1):
+                for others in range(KNOWLEDGE):
+                    chances[row_level(n, source, known, others)] = value
+        for agreement, value in enumerate(OWN_COPIES if own else COPIES_OF_OTHERS):
+            for several, trust in enumerate((value, 1 - (1 - value) * UNANIMOUS, value * DIVIDED)):
+                chances[copy_level(source, agreement, several)] = trust
+    for agreement in range(AGREEMENTS):
+        for several in range(3):
+            chances[copy_level(POOL, agreement, several)] = POOLED
+    for rank in range(MOST_RANKS):
+        chances[RANKS + rank] = RANKED[min(rank, len(RANKED) - 1)]
+    return chances
 
 
 class Calibration:
     """What one proposer has learnt from all its requests; ``start`` gives a request its own.
 
     Attributes:
-        state: float64 [4, ``MAX_MATCH`` + 1], rows as the constants above name them.
+        state: float64 [2, ``LEVELS``], rows ``HELD`` and ``SEEN``, the prior counted in.
     """
 
     def __init__(self) -> None:
-        self.state = np.zeros((4, MAX_MATCH + 1))
-        self.state[PRIOR] = self.state[CHANCE] = HIT
+        self.state = np.empty((2, LEVELS))
+        self.state[SEEN] = ENGINE_WEIGHT
+        self.state[HELD] = ENGINE_WEIGHT * prior()
 
-    def start(self) -> Float64Array:
-        """What a new request begins with: float64 [4, ``MAX_MATCH`` + 1], rows as in ``state``."""
-        state = np.zeros_like(self.state)
-        state[PRIOR] = state[CHANCE] = self.state[CHANCE]
-        return state
+    @staticmethod
+    def start() -> Float64Array:
+        """What a new request begins with: float64 [2, sources], how often each source's levels held, and how often
+        they should have by what the engine has seen; fading, the prior counted in.
+        """
+        return np.full((2, len(SOURCES)), REQUEST_WEIGHT)
+
+
+@njit(cache=True, inline="always")
+def chance(engine: Float64Array, request: Float64Array, level: int) -> float:
+    """The chance that a level of this kind holds in this request.
+
+    Args:
+        engine: ``Calibration.state``.
+        request: ``Calibration.start``'s.
+        level: the kind.
+    """
+    source = source_of(level)
+    ratio = request[HELD, source] / request[SEEN, source]
+    return min(MOST, engine[HELD, level] / engine[SEEN, level] * ratio)
 
 
 @njit(cache=True)
-def learn(engine: Float64Array, request: Float64Array, nodes: IntArray, size: int, emitted: IntArray) -> None:
-    """Compare a tree with the tokens that really came.
+def learn(
+    engine: Float64Array, request: Float64Array, tokens: IntArray, levels: IntArray, count: int, token: int
+) -> None:
+    """Compare what was known about the next token with the one that came.
 
     Args:
         engine: ``Calibration.state``, changed in place.
-        request: ``Calibration.start``'s, changed in place; row ``CHANCE`` is what ``grow_tree`` takes.
-        nodes: int32 [4, >= size], the tree as ``grow_tree`` wrote it.
-        size: its number of nodes.
-        emitted: int32 [t], the tokens that followed its root.
+        request: ``Calibration.start``'s, changed in place.
+        tokens: int32 [>= count], the expected tokens, level by level.
+        levels: int32 [>= count], the kind of each one's level.
+        count: how many there are.
+        token: the one that came.
     """
-    here = -1
-    learnt = False
-    for token in emitted:
-        match, child = 0, -1
-        for node in range(here + 1, size):
-            if nodes[1, node] == here:
-                match = nodes[3, node]
-                if nodes[0, node] == token:
-                    child = node
-                    break
-        if match == 0:
-            break  # a leaf says nothing
-        learnt = True
-        for state, keep in ((engine, ENGINE_KEEP), (request, REQUEST_KEEP)):
-            for m in range(state.shape[1]):
-                state[HELD, m] *= keep
-                state[SEEN, m] *= keep
-            state[SEEN, match] += 1.0
-            if child >= 0:
-                state[HELD, match] += 1.0
-        if child < 0:
+    at = 0
+    while at < count:
+        level = levels[at]
+        held = 0.0
+        while at < count and levels[at] == level:
+            if tokens[at] == token:
+                held = 1.0
+            at += 1
+        source = source_of(level)
+        expected = engine[HELD, level] / engine[SEEN, level]
+        request[HELD, source] += (1.0 - REQUEST_KEEP) * (REQUEST_WEIGHT - request[HELD, source]) + held
+        request[SEEN, source] += (1.0 - REQUEST_KEEP) * (REQUEST_WEIGHT - request[SEEN, source]) + expected
+        engine[HELD, level] = engine[HELD, level] * ENGINE_KEEP + held
+        engine[SEEN, level] = engine[SEEN, level] * ENGINE_KEEP + 1.0
+        if held > 0.0:
             break
-        here = child
-    if learnt:
-        for m in range(1, engine.shape[1]):
-            engine[CHANCE, m] = (ENGINE_WEIGHT * engine[PRIOR, m] + engine[HELD, m]) / (ENGINE_WEIGHT + engine[SEEN, m])
-        held, expected = RATIO_WEIGHT, RATIO_WEIGHT
-        for m in range(1, request.shape[1]):
-            held += request[HELD, m]
-            expected += request[SEEN, m] * request[PRIOR, m]
-        ratio = held / expected
-        for m in range(1, request.shape[1]):
-            prior = min(0.99, request[PRIOR, m] * ratio)
-            request[CHANCE, m] = (REQUEST_WEIGHT * prior + request[HELD, m]) / (REQUEST_WEIGHT + request[SEEN, m])

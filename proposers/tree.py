@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+ByteArray = NDArray[np.uint8]
 
 ROOT = -1
 """The ``parents`` entry of a node that hangs from the root (the last accepted token, which is not a node)."""
@@ -30,6 +31,7 @@ class DraftTree:
         depths: int32 [n], distance to the root, so at least 1; the RoPE position is root position + depth.
         num_branch: how many of the last nodes belong to the lookahead branch, not to the guesses.
         chances: float32 [n - num_branch] or None, the proposer's estimate of each guess to be accepted; falling.
+        sources: uint8 [n - num_branch] or None, where each guess comes from: an index into the proposer's ``sources``.
     """
 
     token_ids: IntArray
@@ -37,6 +39,7 @@ class DraftTree:
     depths: IntArray
     num_branch: int = 0
     chances: FloatArray | None = None
+    sources: ByteArray | None = None
 
     @classmethod
     def empty(cls) -> DraftTree:
@@ -68,7 +71,8 @@ class DraftTree:
         """The tree of the first ``n`` nodes (all of them if there are fewer), as views of this tree's arrays."""
         branch = max(0, min(n, len(self)) - self.num_guesses)
         chances = None if self.chances is None else self.chances[:n]
-        return DraftTree(self.token_ids[:n], self.parents[:n], self.depths[:n], branch, chances)
+        sources = None if self.sources is None else self.sources[:n]
+        return DraftTree(self.token_ids[:n], self.parents[:n], self.depths[:n], branch, chances, sources)
 
     def trimmed(self, num_guesses: int, *, keep_branch: bool) -> DraftTree:
         """The tree of the first ``num_guesses`` guesses and, if asked for, the whole lookahead branch after them."""
@@ -85,6 +89,7 @@ class DraftTree:
             np.concatenate((self.depths[:num_guesses], self.depths[self.num_guesses :])),
             self.num_branch,
             None if self.chances is None else self.chances[:num_guesses],
+            None if self.sources is None else self.sources[:num_guesses],
         )
 
     def up_to(self, depth: int) -> DraftTree:
@@ -94,8 +99,10 @@ class DraftTree:
         kept, parents = _up_to(self.parents, self.depths, self.num_guesses, depth)
         if len(kept) == len(self):
             return self
-        chances = None if self.chances is None else self.chances[kept[: len(kept) - self.num_branch]]
-        return DraftTree(self.token_ids[kept], parents, self.depths[kept], self.num_branch, chances)
+        guesses = kept[: len(kept) - self.num_branch]
+        chances = None if self.chances is None else self.chances[guesses]
+        sources = None if self.sources is None else self.sources[guesses]
+        return DraftTree(self.token_ids[kept], parents, self.depths[kept], self.num_branch, chances, sources)
 
     def ancestor_mask(self) -> BoolArray:
         """Which nodes attend to which, bool [n, n]: node i to node j if j is i or an ancestor of i."""
@@ -110,8 +117,11 @@ class DraftTree:
     def as_chain(self) -> DraftTree:
         """The guesses' first path alone, as a chain: for requests and models that can't verify a tree. No comb."""
         path = _first_path(self.parents[: self.num_guesses])
-        chain = DraftTree.chain(self.token_ids[path])
-        return chain if self.chances is None else replace(chain, chances=self.chances[path])
+        return replace(
+            DraftTree.chain(self.token_ids[path]),
+            chances=None if self.chances is None else self.chances[path],
+            sources=None if self.sources is None else self.sources[path],
+        )
 
     def walk(self, sampled: Sequence[int] | IntArray) -> IntArray:
         """The accepted path: at each visited node, go on to the first child that carries the sampled token.

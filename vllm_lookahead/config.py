@@ -46,6 +46,7 @@ class LookaheadConfig(BaseModel):
         options: its options, all of them, as plain JSON values.
         num_speculative_tokens: most nodes that a draft tree may have.
         budget: how many of them a step may spend per request: a number, or "auto" to let the measured gain decide.
+        corpus_index: where the index of the corpus lies, if there is one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class LookaheadConfig(BaseModel):
     options: dict[str, Any]
     num_speculative_tokens: int = Field(ge=1, le=MAX_NODES)
     budget: Literal["auto"] | int = "auto"
+    corpus_index: str | None = None
 
     @classmethod
     def parse(cls, method: str, settings: Mapping[str, Any]) -> LookaheadConfig:
@@ -108,12 +110,22 @@ class LookaheadConfig(BaseModel):
         """The entry for vLLM's ``additional_config``: plain JSON, because vLLM hashes and pickles it."""
         return {KEY: self.model_dump(mode="json")}
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of what the method's guesses come from."""
+        from proposers import registry
+
+        return registry.get(self.method).sources
+
     def build_proposer(self) -> Proposer:
         """Make the proposer that this config asks for."""
         from proposers import registry
 
-        proposer = registry.get(self.method)
-        return proposer(_validate(self.method, proposer.Options, self.options))
+        kind = registry.get(self.method)
+        proposer = kind(_validate(self.method, kind.Options, self.options))
+        if self.corpus_index is not None:
+            proposer.use_corpus(Path(self.corpus_index))
+        return proposer
 
 
 def max_nodes(options: ProposerOptions) -> int:
@@ -267,11 +279,11 @@ def describe(schema: Mapping[str, Any]) -> str:
     words = _TYPES.get(schema.get("type", ""), str(schema.get("type", "a value")))
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
-        return f"{words} from {low:g} to {high:g}"
+        return f"{words} from {low:.9g} to {high:.9g}"
     if low is not None:
-        return f"{words} of at least {low:g}"
+        return f"{words} of at least {low:.9g}"
     if high is not None:
-        return f"{words} of at most {high:g}"
+        return f"{words} of at most {high:.9g}"
     if "exclusiveMinimum" in schema:
-        return f"{words} above {schema['exclusiveMinimum']:g}"
+        return f"{words} above {schema['exclusiveMinimum']:.9g}"
     return words

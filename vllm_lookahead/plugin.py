@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vllm_lookahead import wrappers
@@ -48,7 +49,8 @@ def register() -> None:
     """Teach vLLM our method names. Safe to call any number of times.
 
     Wrapped are ``EngineArgs.add_cli_args`` and ``EngineArgs.create_speculative_config``
-    (``vllm/engine/arg_utils.py``) and ``SamplingParams._validate_spec_decode`` (``vllm/sampling_params.py``).
+    (``vllm/engine/arg_utils.py``) and ``SamplingParams._validate_spec_decode`` (``vllm/sampling_params.py``). Where
+    one of our methods is asked for, ``front_end`` wraps one more.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
@@ -169,17 +171,23 @@ def _prepare(
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
+    from vllm_lookahead.front_end import wrap_front_end
+    from vllm_lookahead.metrics import publish
     from vllm_lookahead.support import Setup, check_support, fit_lora
 
     own_worker = parallel_config.worker_cls in ("auto", *WORKERS.values())
     setup = Setup(engine_args, model_config, parallel_config, current_platform, config.options, own_worker)
     check_support(config.method, setup)
     check_contract(setup.runner)
-    config = fit_lora(config, setup)
+    config = _with_corpus(fit_lora(config, setup), model_config)
 
     if not isinstance(engine_args.additional_config, dict):
         raise ConfigError(f"[{config.method}] needs additional_config to be a mapping")
     engine_args.additional_config = {**engine_args.additional_config, **config.to_additional_config()}
+    wrap_front_end(is_ours)
+    if not engine_args.disable_log_stats:
+        names = model_config.served_model_name
+        publish(config.sources, names if isinstance(names, str) else names[0], parallel_config.data_parallel_size)
     if own_worker:
         parallel_config.worker_cls = WORKERS[setup.device, setup.runner]
     else:
@@ -190,6 +198,29 @@ def _prepare(
             parallel_config.worker_cls,
         )
     return _carrier(config, setup)
+
+
+def _with_corpus(config: LookaheadConfig, model_config: Any) -> LookaheadConfig:
+    """Index the corpus, if there is one.
+
+    Raises:
+        ConfigError: it can't be used.
+    """
+    corpus = config.options.get("corpus")
+    if corpus is None:
+        return config
+    from vllm import envs
+    from vllm.logger import init_logger
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from vllm_lookahead.corpus import index_of
+
+    if model_config.skip_tokenizer_init:
+        raise ConfigError("corpus: needs a tokenizer, not skip_tokenizer_init")
+    tokenizer = cached_tokenizer_from_config(model_config)
+    cache, log = Path(envs.VLLM_CACHE_ROOT) / "lookahead", init_logger("vllm.vllm_lookahead")
+    index = index_of(corpus, tokenizer, config.options["max_ngram"], cache, log)
+    return config.model_copy(update={"corpus_index": str(index)})
 
 
 def _carrier(config: LookaheadConfig, setup: Setup) -> dict[str, Any]:

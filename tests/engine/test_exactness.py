@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import LLM, RequestOutput
 
+from vllm_lookahead.metrics import COUNTERS
+from vllm_lookahead.predictions import PREDICTION
+
 from .cases import CASES, Case, Encode, either, ids
 from .engines import METHODS, Request, TreeSpy, assert_same, ended_inside_a_path, engine, run
+from .likeliest import TopSpy
 from .prompts import PROMPTS
 
 Reference = Callable[[Case], list[RequestOutput]]
@@ -60,6 +65,32 @@ def test_logprob_token_ids(ours: LLM, stock: LLM, encode: Encode) -> None:
     assert all(set(tokens) <= set(position) for output in got for position in output.outputs[0].logprobs or [{}])
 
 
+def test_every_source_at_once(
+    demo_model: str, reference: Reference, encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other requests, predictions that are right and wrong, a corpus and recycled tokens beside the own text."""
+    cases = [case for case in CASES if case.name in ("greedy", "seeded sampling", "penalties")]
+    expected = [output for case in cases for output in reference(case)]
+    requests = [request for case in cases for request in case.requests(encode)]
+    outputs = [list(output.outputs[0].token_ids) for output in expected]
+    predicted = []
+    for i, request in enumerate(requests):
+        params = request.params.clone()
+        if i % 3 < 2:
+            params.extra_args = {PREDICTION: outputs[i - i % 3]}
+        predicted.append(Request(request.prompt, params))
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(output.outputs[0].text for output in expected[2::3]))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with engine(demo_model, {**METHODS["lookahead"], "corpus": str(corpus), "recycled_tokens": 8}) as ours:
+        got = run(ours, predicted, in_flight=8, seed=23)
+        name = COUNTERS[1][0]
+        accepted = {m.labels["source"]: m.value for m in ours.get_metrics() if m.name == name}
+    assert_same(expected, got, [prompt for case in cases for prompt in case.prompts])
+    for source in ("context", "requests", "prediction", "corpus", "recycling"):
+        assert accepted[source] >= 10, accepted
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     # nothing but the method's name: the budget follows the measured gain, so it differs from run to run
     "prompt_lookup, defaults": {"method": "prompt_lookup"},
@@ -77,3 +108,18 @@ def test_other_options_of_our_methods(variant: str, demo_model: str, reference: 
     with engine(demo_model, VARIANTS[variant]) as ours:
         got = run(ours, requests, in_flight=8, seed=17)
     assert_same(expected, got, [prompt for case in cases for prompt in case.prompts])
+
+
+def test_token_recycling(demo_model: str, reference: Reference, encode: Encode) -> None:
+    """Alone and in a batch; and what it is told is what the model says, before penalties."""
+    config = {"method": "token_recycling", "num_speculative_tokens": 16, "budget": 16}
+    with engine(demo_model, config) as ours:
+        for name in ("greedy", "seeded sampling", "penalties"):
+            case = next(case for case in CASES if case.name == name)
+            with TreeSpy.on(ours) as spy:
+                got = run(ours, case.requests(encode), in_flight=8, seed=23)
+            assert_same(reference(case), got, case.prompts)
+            spy.assert_trees_were_used()
+        with TopSpy.on(ours) as top:
+            run(ours, case.requests(encode)[:4], in_flight=2)
+        top.assert_it_is_the_models(demo_model, at_least=200)

@@ -60,7 +60,7 @@ def test_bfloat16_tokens_are_the_argmax_within_rounding(
     assert (relative == 0).float().mean() >= 0.99, "nearly always it is the argmax itself"
 
 
-SAMPLES = 20_000
+SAMPLES = 10_000
 LENGTH = 3
 """How many tokens of each sample are judged. One more is generated: no guess reaches beyond a request's end."""
 CONTEXTS = {
@@ -69,13 +69,13 @@ CONTEXTS = {
 }
 """Prompts that repeat themselves, so that drafts are accepted, and warm enough that many tokens may follow."""
 SMALL: dict[str, dict[str, Any]] = {"prompt_lookup": {}, "lookahead": {"window_size": 2, "ngram_size": 3}}
-"""Small trees: 40,000 of them are verified."""
+"""Small trees: 20,000 of them are verified."""
 
 
 def test_unseeded_sampling_follows_the_models_distribution(
     demo_model: str, method: dict[str, Any], transformer: PreTrainedModel, encode: Encode
 ) -> None:
-    """Chi-square tests of 20,000 samples: of the first token, of the first two, and of all three together.
+    """Chi-square tests of 10,000 samples: of the first token, of the first two, and of all three together.
 
     The first token comes out of the prefill, the second out of a tree's root, the third often out of a tree's node.
     """
@@ -90,7 +90,7 @@ def test_unseeded_sampling_follows_the_models_distribution(
         run(ours, [Request(prompt, greedy(max_tokens=1))])
         got = run(ours, [Request(prompt, params)] * 2, in_flight=2)
     spy.assert_trees_were_used(20)
-    assert spy.drafts_accepted >= 1000, spy
+    assert spy.drafts_accepted >= 500, spy
     samples = [tuple(completion.token_ids[:LENGTH]) for output in got for completion in output.outputs]
     assert len(samples) == SAMPLES
     for length in range(1, LENGTH + 1):

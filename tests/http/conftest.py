@@ -9,6 +9,11 @@ import pytest
 from openai import OpenAI
 from serving import COMPARABLE, Server, client, serving
 
+OURS = (
+    *("--speculative-model", "[prompt_lookup]"),
+    *("--middleware", "vllm_lookahead.middleware.PredictedOutputs"),
+)
+
 
 @pytest.fixture(scope="session")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -20,7 +25,7 @@ def servers(demo_model: str, logs: Path) -> Iterator[tuple[Server, Server]]:
     # the stock one doesn't even load the plugin
     with (
         serving(demo_model, logs / "stock.log", *COMPARABLE, VLLM_PLUGINS="") as stock,
-        serving(demo_model, logs / "ours.log", *COMPARABLE, "--speculative-model", "[prompt_lookup]") as ours,
+        serving(demo_model, logs / "ours.log", *COMPARABLE, *OURS) as ours,
     ):
         stock.wait_until_ready()
         ours.wait_until_ready()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
+import urllib.request
 from typing import Any
 
 import openai
@@ -104,6 +106,104 @@ def test_aborted_stream(server: Server, ours: OpenAI) -> None:
     assert texts(complete(ours, PROMPTS[1])) == expected
 
 
+# ---- predicted outputs
+
+
+def predicted(text: str | list[dict[str, str]]) -> dict[str, Any]:
+    return {"prediction": {"type": "content", "content": text}}
+
+
+def sampling(seed: int) -> dict[str, Any]:
+    """So hot that the text does not repeat itself; every test has a seed of its own: our server remembers answers."""
+    return {"temperature": 1.2, "seed": seed, "max_tokens": 200}
+
+
+def answer_to_predict(stock: OpenAI, seed: int) -> tuple[str, int]:
+    """What the model says without a prediction, and in how many tokens."""
+    answer = chat(stock, CHATS[0], **sampling(seed))
+    return answer.choices[0].message.content, answer.usage.completion_tokens
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["text", "parts"])
+def test_predicted_output(stock: OpenAI, ours: OpenAI, parts: bool) -> None:
+    text, length = answer_to_predict(stock, 30 + parts)
+    content = [{"type": "text", "text": text[:20]}, {"type": "text", "text": text[20:]}] if parts else text
+    answer = chat(ours, CHATS[0], **sampling(30 + parts), **predicted(content))
+    assert answer.choices[0].message.content == text
+    details = answer.usage.completion_tokens_details
+    # text that was sampled need not be tokenised as it was sampled
+    assert details.accepted_prediction_tokens > 0.7 * length
+    assert details.rejected_prediction_tokens < 0.3 * length
+    assert answer.usage.completion_tokens == length
+    plain = chat(ours, CHATS[0], **sampling(30 + parts))
+    assert set(answer.model_dump()) == set(plain.model_dump())
+    assert answer.choices[0].model_dump() == plain.choices[0].model_dump(), "no token ids that nobody asked for"
+
+
+def test_streamed_predicted_output(stock: OpenAI, ours: OpenAI) -> None:
+    text, length = answer_to_predict(stock, 40)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(chat(ours, CHATS[0], **sampling(40), **options, **predicted(text)))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
+    assert len(chunks) < length / 4
+    unpredicted = list(chat(ours, CHATS[0], **sampling(41), **options))
+    assert len(unpredicted) > unpredicted[-1].usage.completion_tokens / 2
+    details = chunks[-1].usage.completion_tokens_details
+    assert details.accepted_prediction_tokens > 0.7 * length
+    for chunk in chunks:
+        assert "prompt_token_ids" not in chunk.model_dump(exclude_unset=True)
+        assert not any("token_ids" in choice.model_dump(exclude_unset=True) for choice in chunk.choices)
+    quiet = list(chat(ours, CHATS[0], **sampling(40), stream=True, **predicted(text)))
+    assert all(chunk.usage is None for chunk in quiet)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in quiet if chunk.choices) == text
+
+
+def test_wrong_prediction(stock: OpenAI, ours: OpenAI) -> None:
+    options = {"temperature": 0.8, "seed": 60, "n": 2}
+    answer = chat(ours, CHATS[1], **predicted("zzz qqq " * 30), **options)
+    expected = chat(stock, CHATS[1], **options)
+    assert [c.message.content for c in answer.choices] == [c.message.content for c in expected.choices]
+    details = answer.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens <= 4
+    assert details.rejected_prediction_tokens >= 2 * 40
+
+
+def test_token_ids_beside_a_prediction(ours: OpenAI) -> None:
+    answer = chat(ours, CHATS[1], **predicted("x"), extra_body={"return_token_ids": True})
+    assert len(answer.choices[0].token_ids) == answer.usage.completion_tokens
+
+
+def test_prediction_of_a_completion(stock: OpenAI, ours: OpenAI) -> None:
+    expected = texts(complete(stock, PROMPTS[0]))
+    assert texts(complete(ours, PROMPTS[0], extra_body={"vllm_xargs": {"prediction": expected[0][0]}})) == expected
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "text",
+        {"content": "text"},
+        {"type": "image", "content": "text"},
+        {"type": "content", "content": 7},
+        {"type": "content", "content": [{"type": "text"}]},
+        {"type": "content", "content": [{"type": "image_url", "image_url": "x"}]},
+        {"type": "content", "content": "text", "more": 1},
+        {"type": "content", "content": "many words " * 2000},
+        {"type": "content", "content": "a" * 1_000_000},
+    ],
+    ids=lambda prediction: str(prediction)[:40],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_bad_prediction(ours: OpenAI, prediction: Any, stream: bool) -> None:
+    with pytest.raises(openai.BadRequestError, match="prediction"):
+        chat(ours, CHATS[0], extra_body={"prediction": prediction}, stream=stream)
+
+
+def test_bad_prediction_of_a_completion(ours: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"prediction: token ids must be from 0 to \d+, not -1"):
+        complete(ours, PROMPTS[0], extra_body={"vllm_xargs": {"prediction": [1, -1]}})
+
+
 # ---- many at once
 
 
@@ -138,6 +238,27 @@ def test_spec_decode_metrics_move(server: Server, ours: OpenAI) -> None:
     assert moved["draft_tokens"] >= moved["accepted_tokens"] > 0
     assert moved["accepted_tokens_per_pos"] == moved["accepted_tokens"]
     assert moved["accepted_tokens"] < usage.completion_tokens
+    by_source = {
+        name: after[key] - before[key]
+        for name in ("draft_tokens", "accepted_tokens")
+        for key in [f"vllm:spec_decode_num_{name}_by_source_total"]
+    }
+    assert by_source == {name: moved[name] for name in by_source}
+
+
+def test_predictions_are_counted_as_a_source(stock: OpenAI, ours: OpenAI, server: Server) -> None:
+    def accepted() -> dict[str, float]:
+        text = urllib.request.urlopen(f"{server.url}/metrics", timeout=30).read().decode()
+        name = r"vllm:spec_decode_num_accepted_tokens_by_source_total"
+        found = re.findall(name + r'{engine="0",model_name="demo",source="(\w+)"} (\S+)', text)
+        return {source: float(value) for source, value in found}
+
+    before = accepted()
+    text, length = answer_to_predict(stock, 50)
+    chat(ours, CHATS[0], **sampling(50), **predicted(text))
+    moved = {source: value - before[source] for source, value in accepted().items()}
+    assert moved["prediction"] > length / 2
+    assert moved["corpus"] == 0
 
 
 # ---- our benchmark

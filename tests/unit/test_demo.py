@@ -44,7 +44,7 @@ def test_mistake(arguments: list[str], message: str) -> None:
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("method", ["ngram", "prompt_lookup", "lookahead"])
+@pytest.mark.parametrize("method", ["ngram", "prompt_lookup", "lookahead", "token_recycling"])
 def test_methods_of_vllm_and_ours_pass(method: str) -> None:
     run.check_method({"method": method, "num_speculative_tokens": 3})
 

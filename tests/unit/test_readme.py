@@ -28,7 +28,7 @@ def option_rows(method: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("method", ["prompt_lookup", "lookahead"])
+@pytest.mark.parametrize("method", ["prompt_lookup", "lookahead", "token_recycling"])
 def test_options(method: str) -> None:
     missing = [row for row in option_rows(method) if row not in README]
     assert not missing, "not in README.md:\n" + "\n".join(missing)

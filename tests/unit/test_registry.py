@@ -32,8 +32,8 @@ def third_party(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ours_are_known() -> None:
-    assert {"prompt_lookup", "lookahead"} <= set(registry.names())
-    for name in ("prompt_lookup", "lookahead"):
+    assert {"prompt_lookup", "lookahead", "token_recycling"} <= set(registry.names())
+    for name in ("prompt_lookup", "lookahead", "token_recycling"):
         assert issubclass(registry.get(name), Proposer)
 
 

@@ -63,6 +63,7 @@ def generate(
     budget: Callable[[], int] = lambda: 1000,
     keep: Callable[[int], int] = lambda nodes: nodes,
     branch: bool = False,
+    num_top: int = 0,
 ) -> Iterator[Step]:
     """Decode with drafts, step by step, until ``length`` tokens came after the prompt.
 
@@ -75,6 +76,8 @@ def generate(
         keep: how many of a tree's nodes the scheduler lets through; the rest is cut off before verification. With
             none, the tree is dropped: its proposer hears nothing.
         branch: run the lookahead branch as a forward of its own.
+        num_top: tell the request so many likeliest tokens, of steps without a tree, too. Which follow the argmax is of
+            no matter.
     """
     context = [*prompt, model(prompt)]
     while len(context) < len(prompt) + length:
@@ -91,7 +94,9 @@ def generate(
         argmax = argmax_of(model, context, tree.prefix(num_nodes))
         path = tree.walk(argmax)
         emitted = [*tree.token_ids[path].tolist(), int(argmax[path[-1] + 1 if len(path) else 0])]
-        if num_nodes:
-            request.observe(tree, Verified(np.array(emitted, np.int32), path, argmax, num_nodes))
+        if num_nodes or num_top:
+            top = argmax[:, None] + np.arange(num_top, dtype=np.int32) if num_top else None
+            seen = tree if num_nodes else DraftTree.empty()
+            request.observe(seen, Verified(np.array(emitted, np.int32), path, argmax, num_nodes, top))
         yield Step(list(context), tree, num_nodes, emitted)
         context += emitted

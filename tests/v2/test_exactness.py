@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from engine.cases import CASES, Encode, either, greedy, seeded
 from engine.engines import METHODS, Request, TreeSpy, assert_same, engine, run, runner_of, token_ids
+from engine.likeliest import TopSpy
 from engine.prompts import PROMPTS, REPETITIVE
 from vllm import LLM, RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
+
+from vllm_lookahead.metrics import COUNTERS
+from vllm_lookahead.predictions import PREDICTION
 
 from .conftest import NODES, SMALL
 
@@ -27,10 +32,9 @@ def shortened(request: Request, tokens: int = 12) -> Request:
     return Request(request.prompt[:48], params)
 
 
-def requests_of_all_cases(encode: Encode, per_case: int = 2) -> tuple[list[Request], list[str]]:
-    """Some requests of every case of the V1 suite, and what to call them."""
-    chosen = [(case, request) for case in CASES for request in case.requests(encode)[:per_case]]
-    return [shortened(request) for _, request in chosen], [case.name for case, _ in chosen]
+def requests_of_all_cases(encode: Encode) -> tuple[list[Request], list[str]]:
+    """One request of every case of the V1 suite, greedy and sampled in turn, and what to call them."""
+    return [shortened(case.requests(encode)[i % 2]) for i, case in enumerate(CASES)], [case.name for case in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,31 @@ def test_without_asynchronous_scheduling(
     spy.assert_trees_were_used()
 
 
+def test_every_source_at_once(
+    demo_model: str,
+    all_cases: tuple[list[Request], list[str], list[RequestOutput]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """See the V1 suite's test of this name."""
+    requests, names, expected = (part[2::3] for part in all_cases)
+    outputs = token_ids(expected)
+    predicted = []
+    for i, request in enumerate(requests):
+        params = request.params.clone()
+        if i % 3 < 2:
+            params.extra_args = {PREDICTION: outputs[i - i % 3]}
+        predicted.append(Request(request.prompt, params))
+    (tmp_path / "corpus.txt").write_text("\n".join(output.outputs[0].text for output in expected))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with engine(demo_model, {**TREES, "corpus": str(tmp_path)}, **SMALL) as ours:
+        got = run(ours, predicted, in_flight=6, seed=4)
+        accepted = {m.labels["source"]: m.value for m in ours.get_metrics() if m.name == COUNTERS[1][0]}
+    assert_same(expected, got, names)
+    assert accepted["prediction"] >= 5, accepted
+    assert accepted["corpus"] >= 1, accepted
+
+
 def test_lookahead(demo_model: str, all_cases: tuple[list[Request], list[str], list[RequestOutput]]) -> None:
     """The Jacobi window is part of the trees, and reads the argmax at its tips."""
     requests, names, expected = (part[1::4] for part in all_cases)
@@ -68,6 +97,22 @@ def test_lookahead(demo_model: str, all_cases: tuple[list[Request], list[str], l
     assert_same(expected, got, names)
     assert spy.verified >= 10
     assert spy.accepted >= 1
+
+
+def test_token_recycling(demo_model: str, stock: LLM, encode: Encode) -> None:
+    """Steps without trees tell it of the roots; what it is told is what the model says."""
+    config = {"method": "token_recycling", "recycled_tokens": 4, "num_speculative_tokens": NODES, "budget": NODES}
+    requests = [Request(tuple(encode(p))[:24], either(i, max_tokens=16)) for i, p in enumerate(REPETITIVE[:4])]
+    with (
+        engine(demo_model, config, **SMALL) as ours,
+        TreeSpy.on(ours) as spy,
+        TopSpy.on(ours) as top,
+    ):
+        got = run(ours, requests, in_flight=4)
+    assert_same(run(stock, requests, in_flight=4), got, ["recycling"] * len(requests))
+    assert spy.verified >= 5
+    assert top.without_tree >= 2
+    top.assert_it_is_the_models(demo_model, at_least=50)
 
 
 def test_grammars_beside_trees(stock: LLM, ours: LLM, encode: Encode) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from pydantic import Field
 
-from proposers import DraftTree, Proposer, ProposerOptions, RequestProposer, register
+from proposers import NO_INFO, DraftTree, Proposer, ProposerOptions, RequestInfo, RequestProposer, register
 from proposers.tree import IntArray
 from vllm_lookahead.bench.junk_chain import shape
 
@@ -38,6 +38,6 @@ class Junk(Proposer):
 
     Options = JunkOptions
 
-    def start(self, request_id: str, prompt: IntArray) -> RequestProposer:
+    def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> RequestProposer:
         """See ``Proposer.start``."""
         return JunkRequest()

@@ -19,6 +19,7 @@ PLUGIN: tuple[Part, ...] = (
         "vllm.engine.arg_utils:EngineArgs",
         (
             "additional_config",
+            "disable_log_stats",
             "enable_lora",
             "max_num_batched_tokens",
             "max_num_seqs",
@@ -32,6 +33,14 @@ PLUGIN: tuple[Part, ...] = (
     Attributes("vllm.platforms.interface:Platform", ("device_type", "is_cpu", "is_cuda")),
     Attributes("vllm.triton_utils", ("HAS_TRITON",)),
     Function("vllm.sampling_params:SamplingParams._validate_spec_decode", ("speculative_config",), exactly=True),
+    Attributes(
+        "vllm.v1.engine.input_processor:InputProcessor", ("model_config", "process_inputs", "tokenizer", "vllm_config")
+    ),
+    Attributes("vllm.v1.engine.async_llm:AsyncLLM", ("get_tokenizer", "model_config")),
+    Attributes("vllm.v1.engine:EngineCoreRequest", ("cache_salt", "lora_request", "sampling_params")),
+    Attributes("vllm.exceptions:VLLMValidationError"),
+    Function("vllm.tokenizers:cached_tokenizer_from_config", ("model_config",)),
+    Attributes("vllm.lora.request:LoRARequest", ("lora_name", "lora_path")),
 )
 
 CONFIG: tuple[Part, ...] = (
@@ -39,12 +48,16 @@ CONFIG: tuple[Part, ...] = (
     Attributes(
         "vllm.config:ModelConfig",
         (
+            "get_vocab_size",
             "has_inner_state",
             "is_encoder_decoder",
             "is_hybrid",
             "is_moe",
             "logits_processors",
+            "max_model_len",
             "runner_type",
+            "served_model_name",
+            "skip_tokenizer_init",
             "use_mla",
             "uses_mrope",
         ),
@@ -52,21 +65,25 @@ CONFIG: tuple[Part, ...] = (
     Attributes(
         "vllm.config:ParallelConfig",
         (
+            "data_parallel_index",
             "data_parallel_size",
             "decode_context_parallel_size",
             "pipeline_parallel_size",
             "prefill_context_parallel_size",
+            "rank",
             "worker_cls",
         ),
     ),
     Attributes("vllm.config:SchedulerConfig", ("async_scheduling", "max_num_batched_tokens", "max_num_seqs")),
     Attributes("vllm.config:SpeculativeConfig", ("method", "model", "num_speculative_tokens")),
-    Attributes("vllm.config:VllmConfig", ("additional_config", "model_config", "speculative_config")),
+    Attributes(
+        "vllm.config:VllmConfig", ("additional_config", "model_config", "parallel_config", "speculative_config")
+    ),
 )
 
 STEP: tuple[Part, ...] = (
     Attributes("vllm.v1.worker.worker_base:WorkerBase", ("device", "model_config", "model_runner", "vllm_config")),
-    Attributes("vllm.sampling_params:SamplingParams", ("max_tokens", "structured_outputs")),
+    Attributes("vllm.sampling_params:SamplingParams", ("extra_args", "max_tokens", "structured_outputs")),
     Attributes("vllm.sampling_params:StructuredOutputsParams"),
     Attributes(
         "vllm.v1.core.sched.output:SchedulerOutput",

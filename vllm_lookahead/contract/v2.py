@@ -100,6 +100,7 @@ V2: tuple[Part, ...] = (
     ),
     Attributes(f"{REJECTION}:RejectionSampler", ("sampler",)),
     Function(f"{REJECTION}:get_max_chunk_logits", ("vocab_size",), exactly=True),
+    Function(f"{SAMPLER}.__call__", ("logits", "input_batch"), exactly=True),
     Function(
         f"{SAMPLER}.sample",
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,13 +10,16 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
-from proposers import DraftTree, RequestProposer, Verified
+from proposers import DraftTree, RequestInfo, RequestProposer, Verified
 from proposers.tree import warm_up as warm_up_trees
 from vllm_lookahead.config import LookaheadConfig
+from vllm_lookahead.metrics import SourceCounts
 
 logger = init_logger(f"vllm.{__name__}")
 
 IntArray = NDArray[np.int32]
+UNKNOWN = RequestInfo(namespace=None)
+"""Of a request whose runner tells nothing: it shares with nobody."""
 
 
 class Drafter:
@@ -31,6 +34,8 @@ class Drafter:
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.config = LookaheadConfig.from_vllm_config(vllm_config)
         self.proposer = self.config.build_proposer()
+        parallel = vllm_config.parallel_config
+        self.counts = SourceCounts(self.proposer.sources, parallel.data_parallel_index, first=parallel.rank == 0)
         self.max_nodes = self.config.num_speculative_tokens
         self._requests: dict[str, RequestProposer | None] = {}  # None: its proposer failed, no more drafts
         self._error_logged = False
@@ -60,6 +65,7 @@ class Drafter:
         *,
         chain: bool = False,
         branch: bool = True,
+        info: Callable[[], RequestInfo] = lambda: UNKNOWN,
     ) -> DraftTree | None:
         """The next tree of one request.
 
@@ -71,14 +77,13 @@ class Drafter:
             depth: no guess may be deeper: the request ends there.
             chain: only a chain can be verified: the tree's first path is returned.
             branch: whether a lookahead branch may pay.
+            info: says what else is known of the request; called once, at its first proposal.
 
         Returns:
             The tree, or None if there is no guess (or the proposer failed: that is logged once per worker).
         """
         try:
-            if req_id not in self._requests:
-                self._requests[req_id] = self.proposer.start(req_id, context[:num_prompt_tokens])
-            request = self._requests[req_id]
+            request = self._request(req_id, context[:num_prompt_tokens], info)
             if request is None:
                 return None
             request.without_branch = chain or not branch
@@ -93,12 +98,17 @@ class Drafter:
             self._give_up(req_id)
             return None
 
-    def propose_branch(self, req_id: str, context: IntArray, num_prompt_tokens: int, budget: int) -> DraftTree | None:
+    def propose_branch(
+        self,
+        req_id: str,
+        context: IntArray,
+        num_prompt_tokens: int,
+        budget: int,
+        info: Callable[[], RequestInfo] = lambda: UNKNOWN,
+    ) -> DraftTree | None:
         """A request's lookahead branch for a forward of its own, or None; arguments as for ``propose_tree``."""
         try:
-            if req_id not in self._requests:
-                self._requests[req_id] = self.proposer.start(req_id, context[:num_prompt_tokens])
-            request = self._requests[req_id]
+            request = self._request(req_id, context[:num_prompt_tokens], info)
             comb = None if request is None else request.propose_branch(context, budget)
             return comb if comb is not None and len(comb) else None
         except Exception:
@@ -169,6 +179,11 @@ class Drafter:
                 self.finish([req_id])
             drafts.append([] if tree is None else tree.as_chain().token_ids.tolist())
         return drafts
+
+    def _request(self, req_id: str, prompt: IntArray, info: Callable[[], RequestInfo]) -> RequestProposer | None:
+        if req_id not in self._requests:
+            self._requests[req_id] = self.proposer.start(req_id, prompt, info())
+        return self._requests[req_id]
 
     def _give_up(self, req_id: str) -> None:
         self._log_error()

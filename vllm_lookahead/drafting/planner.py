@@ -16,6 +16,9 @@ from vllm_lookahead.trees.step import StepTrees, Walks
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
+NO_TREE = DraftTree.empty()
+NO_PATH = np.empty(0, np.int32)
+
 
 class Planner:
     """Asks the proposers, keeps the nodes that are worth verifying, and tells both sides how they fared.
@@ -82,6 +85,7 @@ class Planner:
         step: StepTrees | None,
         walks: Walks | None,
         argmax: NDArray[np.integer] | None,
+        top: NDArray[np.int32] | None = None,
     ) -> None:
         """Feed back what a step said about its trees.
 
@@ -91,28 +95,50 @@ class Planner:
             step: the step's trees, if it had any.
             walks: where their walks ended.
             argmax: int [nodes + rows], the argmax of every logits row (see ``StepTrees``), if a proposer needs it.
+            top: int32 [nodes + rows, k], its likeliest tokens, if a proposer needs them; also of a step without trees.
         """
         if self._unverified:
             unverified, self._unverified = self._unverified, {}
             for req_id, tokens in zip(req_ids, sampled, strict=True):
                 if len(tokens) and (dropped := unverified.get(req_id)) is not None:
                     self.policy.observe_token(req_id, dropped, int(tokens[0]))
+        if top is not None:
+            self._observe_roots(req_ids, sampled, step, top)
         if step is None or walks is None:
             return
         for row, (req_id, tokens) in enumerate(zip(req_ids, sampled, strict=True)):
             tree = step.trees[row]
-            if tree is None or not len(tokens) or (tree.chances is not None and not self.drafter.observes(req_id)):
+            if tree is None or not len(tokens):
                 continue
             n = step.num_nodes(row)
+            path = walks.path(row)
+            self.drafter.counts.add(tree, n, path)
+            if tree.chances is not None and not self.drafter.observes(req_id):
+                continue
             first = int(step.starts[row]) + row
             verified = Verified(
                 tokens=np.array(tokens, np.int32),
-                path=walks.path(row),
+                path=path,
                 argmax=None if argmax is None else argmax[first : first + n + 1].astype(np.int32),
                 num_nodes=n,
+                top=None if top is None else top[first : first + n + 1],
             )
-            self.policy.observe_walk(req_id, tree, n, verified.path)
+            self.policy.observe_walk(req_id, tree, n, path)
             self.drafter.observe(req_id, tree, verified)
+
+    def _observe_roots(
+        self,
+        req_ids: Sequence[str],
+        sampled: Sequence[Sequence[int]],
+        step: StepTrees | None,
+        top: NDArray[np.int32],
+    ) -> None:
+        """Feed back what a step said at the roots of requests without a tree."""
+        roots = range(len(req_ids)) if step is None else step.root_logits_rows().tolist()
+        for row, (req_id, tokens, root) in enumerate(zip(req_ids, sampled, roots, strict=True)):
+            if len(tokens) and (step is None or step.trees[row] is None) and self.drafter.observes(req_id):
+                verified = Verified(np.array(tokens, np.int32), NO_PATH, None, 0, top[root : root + 1])
+                self.drafter.observe(req_id, NO_TREE, verified)
 
     def forget_scheduled(self, scheduled: Mapping[str, int]) -> None:
         """Drop the trees of requests that took part in a step; the scheduler keeps the others' drafts, so we do too."""

@@ -7,6 +7,7 @@ work. No algorithm, no kernel, no device code.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +22,12 @@ from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from proposers import DraftTree
+from proposers import DraftTree, RequestInfo
 from vllm_lookahead.drafting.drafter import Drafter
+from vllm_lookahead.drafting.likeliest import likeliest
 from vllm_lookahead.drafting.planner import Planner, room_for
 from vllm_lookahead.drafting.policy import FixedBudget
+from vllm_lookahead.drafting.request_info import request_info
 from vllm_lookahead.drafting.timing import StepTimer, policy_for
 from vllm_lookahead.temporary import muted, replaced
 from vllm_lookahead.trees.rows import TreeRows
@@ -79,6 +82,7 @@ class LookaheadRunnerMixin(Base):
         self._step: StepTrees | None = None
         self._walks: Walks | None = None
         self._argmax: NDArray[np.int64] | None = None
+        self._top: IntArray | None = None
 
     # ---- what a device's runner provides
 
@@ -215,6 +219,9 @@ class LookaheadRunnerMixin(Base):
         step = self._step
         if logits is None:
             return super()._sample(logits, spec_decode_metadata)
+        if num_top := self.drafter.proposer.num_top:
+            # before the sampler writes penalties into the logits
+            self._top = likeliest(logits, num_top).cpu().numpy()
         if step is None:
             batch = self.input_batch
             discard = self.discard_request_mask.np[: batch.num_reqs]
@@ -277,8 +284,8 @@ class LookaheadRunnerMixin(Base):
         """
         rows = len(sampled_token_ids)
         req_ids = self.input_batch.req_ids[:rows]
-        self.planner.observe(req_ids, sampled_token_ids, self._step, self._walks, self._argmax)
-        self._step = self._walks = self._argmax = None
+        self.planner.observe(req_ids, sampled_token_ids, self._step, self._walks, self._argmax, self._top)
+        self._step = self._walks = self._argmax = self._top = None
         limit = self._node_limit(rows)
         if common is not None and self.drafter.proposer.separate_branch and self.trees_verifiable and limit > 0:
             self._run_branches(sampled_token_ids, common)
@@ -307,7 +314,8 @@ class LookaheadRunnerMixin(Base):
             if not sampled or limit <= 0 or self._only_chains(req_id):
                 continue
             context = batch.token_ids_cpu[row, :num_tokens]
-            comb = self.drafter.propose_branch(req_id, context, int(batch.num_prompt_tokens[row]), limit)
+            prompt, info = int(batch.num_prompt_tokens[row]), self._info_of(req_id)
+            comb = self.drafter.propose_branch(req_id, context, prompt, limit, info)
             if comb is not None and self.planner.policy.keeps_branch(req_id, comb, self.drafter.branch_gain(req_id)):
                 due.append(BranchRow(row, num_tokens, int(context[-1]), comb))
         if due:
@@ -338,4 +346,8 @@ class LookaheadRunnerMixin(Base):
             depth,
             chain=self._only_chains(req_id),
             branch=self.planner.policy.may_branch(req_id),
+            info=self._info_of(req_id),
         )
+
+    def _info_of(self, req_id: str) -> Callable[[], RequestInfo]:
+        return lambda: request_info(self.requests[req_id].sampling_params)

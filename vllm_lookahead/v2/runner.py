@@ -28,15 +28,17 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState, use_penalty
 
 from proposers import DraftTree
 from vllm_lookahead.drafting.drafter import Drafter
+from vllm_lookahead.drafting.likeliest import likeliest
 from vllm_lookahead.drafting.planner import Planner, room_for
 from vllm_lookahead.drafting.policy import FixedBudget
+from vllm_lookahead.drafting.request_info import request_info
 from vllm_lookahead.drafting.timing import StepTimer, policy_for
 from vllm_lookahead.trees.step import StepTrees, retrace
 from vllm_lookahead.trees.step import warm_up as warm_up_walks
 from vllm_lookahead.v2.requests import RequestText
 from vllm_lookahead.v2.slots import most_nodes, trimmed, used_places
 from vllm_lookahead.v2.speculator import HostSpeculator
-from vllm_lookahead.v2.verifier import TreeVerifier, WalkedTokens
+from vllm_lookahead.v2.verifier import RootSampler, TreeVerifier, WalkedTokens
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -59,6 +61,7 @@ class _Pending(NamedTuple):
     output: AsyncOutput
     step: StepTrees | None
     most_likely: NDArray[np.int64] | None
+    top: NDArray[np.int32] | None
 
 
 class LookaheadV2RunnerMixin(Base):
@@ -69,6 +72,8 @@ class LookaheadV2RunnerMixin(Base):
     Attributes:
         step: the trees of the step that runs; None if it has no drafts.
     """
+
+    sampler: Any  # vLLM's, or ours over it
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -83,6 +88,7 @@ class LookaheadV2RunnerMixin(Base):
         self._sampled_rows: list[str] = []  # requests that got tokens in the last step and may be asked for a tree
         self._batch: list[str] = []  # all requests of that step
         self._most_likely: NDArray[np.int64] | None = None
+        self._top: NDArray[np.int32] | None = None
         self._chains: DraftTokenIds | None = None  # the last drafts, for the scheduler's grammars
         self._has_trees = False  # in the step that was prepared last
         self._slots: torch.Tensor | None = None
@@ -130,6 +136,8 @@ class LookaheadV2RunnerMixin(Base):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's, with our verification instead of rejection sampling."""
         super().load_model(*args, **kwargs)
+        if self.drafter.proposer.num_top:
+            self.sampler = RootSampler.over(self.sampler, self)
         self.rejection_sampler = TreeVerifier(self)
         self._reads_paths = not all(isinstance(p, READS_NO_PATH) for p in self.sampler.logits_processors)
 
@@ -202,7 +210,7 @@ class LookaheadV2RunnerMixin(Base):
         **kwargs: Any,
     ) -> Any:
         """As vLLM's, on trees guessed from the last step's tokens, which are waited for here."""
-        self.step = None
+        self.step = self._top = None
         if dummy_run:
             self._serve(None, None)
         else:
@@ -282,13 +290,22 @@ class LookaheadV2RunnerMixin(Base):
         greedy = not states.temperature.np[rows].any() and not self.sampler.needs_logits_processing[rows].any()
         self._most_likely = async_copy_to_np(sampled if greedy else logits.argmax(dim=-1))
 
+    def keep_top(self, logits: torch.Tensor) -> None:
+        """Send every logits row's likeliest tokens to the host with the sampled ones, if a proposer needs them.
+
+        Args:
+            logits: [nodes + rows, vocabulary], as the model gave them.
+        """
+        if num_top := self.drafter.proposer.num_top:
+            self._top = async_copy_to_np(likeliest(logits, num_top))
+
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> Any:
         """As vLLM's; the tokens are looked at when they have arrived."""
         state = self.execute_model_state
         output = super().sample_tokens(grammar_output)
         if state is not None and isinstance(output, AsyncOutput):
-            self._pending = _Pending(state.input_batch.req_ids, output, self.step, self._most_likely)
-        self._most_likely = None
+            self._pending = _Pending(state.input_batch.req_ids, output, self.step, self._most_likely, self._top)
+        self._most_likely = self._top = None
         return output
 
     def postprocess_sampled(self, *args: Any, **kwargs: Any) -> None:
@@ -311,7 +328,7 @@ class LookaheadV2RunnerMixin(Base):
         """Wait for the last step's tokens, note them, and feed back how its trees fared. The same on every rank."""
         if self._pending is None:
             return
-        (req_ids, output, step, most_likely), self._pending = self._pending, None
+        (req_ids, output, step, most_likely, top), self._pending = self._pending, None
         output.copy_event.synchronize()
         counts = output.num_sampled_tokens_np
         sampled = [tokens[:count] for tokens, count in zip(output.sampled_token_ids, counts, strict=True)]
@@ -322,7 +339,7 @@ class LookaheadV2RunnerMixin(Base):
             if text is not None and len(tokens):
                 text.extend(tokens)
                 self._sampled_rows.append(req_id)
-        self.planner.observe(req_ids, sampled, step, walks, most_likely)
+        self.planner.observe(req_ids, sampled, step, walks, most_likely, top)
 
     def _plan(self, places: dict[str, int] | None) -> dict[str, list[int]]:
         """Guess the next trees of the requests that got tokens in the last step.
@@ -374,4 +391,5 @@ class LookaheadV2RunnerMixin(Base):
             depth,
             chain=text.has_grammar or not self.trees_verifiable,
             branch=self.planner.policy.may_branch(req_id),
+            info=lambda: request_info(text.params),
         )

@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejec
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, get_max_chunk_logits
 
 from vllm_lookahead.v2.chains import paths_as_chains
@@ -54,6 +55,31 @@ class _Rows(NamedTuple):
     back: torch.Tensor | None
 
 
+class RootSampler(Sampler):
+    """vLLM's sampler for steps without drafts, in which the roots' logits are of use, too."""
+
+    _runner: LookaheadV2RunnerMixin
+
+    @classmethod
+    def over(cls, sampler: Sampler, runner: LookaheadV2RunnerMixin) -> RootSampler:
+        """One that goes on with the state of vLLM's.
+
+        Args:
+            sampler: vLLM's.
+            runner: whose steps are sampled.
+        """
+        made = cls.__new__(cls)
+        for name, value in vars(sampler).items():
+            setattr(made, name, value)
+        made._runner = runner
+        return made
+
+    def __call__(self, logits: torch.Tensor, input_batch: InputBatch) -> SamplerOutput:
+        """As vLLM's."""
+        self._runner.keep_top(logits)
+        return super().__call__(logits, input_batch)
+
+
 class TreeVerifier(RejectionSampler):
     """Stands where vLLM's rejection sampler stands; nothing is rejected by chance here.
 
@@ -84,6 +110,7 @@ class TreeVerifier(RejectionSampler):
         num_nans = get_num_nans(logits) if sampler.compute_nans else None
         dims = sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         keeps_processed = dims is not None and sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES
+        self._runner.keep_top(logits)
         sampled, processed = self._sample(logits, input_batch, dims is not None, keeps_processed)
         self._runner.keep_most_likely(logits, sampled, input_batch)
         walked = self._runner.walk(sampled, invalid_drafts)

@@ -1,0 +1,126 @@
+"""Where accepted guesses came from, as Prometheus counters beside vLLM's.
+
+Drafts are verified in a worker, ``/metrics`` is served by the front end, and vLLM's own statistics have no room for
+this. So both map one small file: each engine's first worker adds to it, and the front end reads it when it is asked.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from proposers import DraftTree
+from proposers.tree import IntArray
+
+FILE = "VLLM_LOOKAHEAD_COUNTS"
+"""Tells the workers, which inherit the front end's environment, where the file is."""
+WINDOW = "window"
+"""Source of the nodes of a lookahead branch."""
+DRAFTED, ACCEPTED = 0, 1
+COUNTERS = (
+    ("vllm:spec_decode_num_draft_tokens_by_source", "Number of verified draft tokens, by where they came from."),
+    ("vllm:spec_decode_num_accepted_tokens_by_source", "Number of accepted draft tokens, by where they came from."),
+)
+
+Counts = NDArray[np.int64]
+
+
+class SourceCollector(Collector):
+    """The counters of the engines that this process started last.
+
+    Attributes:
+        counts: int64 [engines, 2, sources].
+        sources: their names.
+        model: the model's name.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counts = np.zeros((0, 2, 0), np.int64)
+        self.sources: tuple[str, ...] = ()
+        self.model = ""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """See ``prometheus_client.registry.Collector``."""
+        for row, (name, text) in enumerate(COUNTERS):
+            family = CounterMetricFamily(name, text, labels=["model_name", "engine", "source"])
+            for engine, counts in enumerate(self.counts):
+                for source, value in zip(self.sources, counts[row], strict=True):
+                    family.add_metric([self.model, str(engine), source], int(value))
+            yield family
+
+
+_collector: SourceCollector | None = None
+
+
+def publish(sources: Sequence[str], model: str, engines: int) -> None:
+    """Make room for the counts and register the counters; replaces those of an engine that this process had before.
+
+    Args:
+        sources: names of what guesses come from.
+        model: the name that the model is served under.
+        engines: how many there are (data parallelism).
+    """
+    global _collector
+    if _collector is None:
+        _collector = SourceCollector()
+        REGISTRY.register(_collector)
+    names = (*sources, WINDOW)
+    handle, path = tempfile.mkstemp(prefix="vllm-lookahead-")
+    os.close(handle)
+    atexit.register(_remove, path, os.getpid())
+    os.environ[FILE] = path
+    _collector.counts = np.memmap(path, np.int64, "w+", shape=(engines, 2, len(names)))
+    _collector.sources = names
+    _collector.model = model
+
+
+class SourceCounts:
+    """What one worker counts.
+
+    Args:
+        sources: names of what guesses come from; without any, nothing is counted.
+        engine: which engine this is.
+        first: whether this is its first worker; the others see the same.
+    """
+
+    def __init__(self, sources: Sequence[str], engine: int, *, first: bool) -> None:
+        self._size = len(sources) + 1
+        self._counts: Counts | None = None
+        path = os.environ.get(FILE)
+        if not sources or not first or path is None:
+            return
+        # no file: the front end runs on another machine, and nobody would read it
+        with contextlib.suppress(OSError, ValueError):
+            counts = np.memmap(path, np.int64, "r+").reshape(-1, 2, self._size)
+            self._counts = counts[engine] if engine < len(counts) else None
+
+    def add(self, tree: DraftTree, num_nodes: int, path: IntArray) -> None:
+        """Count one verified tree.
+
+        Args:
+            tree: the tree.
+            num_nodes: how many of its nodes were verified.
+            path: int32 [a], the accepted ones.
+        """
+        if self._counts is None or tree.sources is None:
+            return
+        of_node = np.full(num_nodes, self._size - 1, np.intp)
+        guesses = tree.sources[:num_nodes]
+        of_node[: len(guesses)] = guesses
+        self._counts[DRAFTED] += np.bincount(of_node, minlength=self._size)
+        self._counts[ACCEPTED] += np.bincount(of_node[path], minlength=self._size)
+
+
+def _remove(path: str, pid: int) -> None:
+    if os.getpid() == pid:  # not in a forked child
+        with contextlib.suppress(OSError):
+            os.remove(path)
