@@ -84,8 +84,9 @@ class Lookahead(Proposer):
         self.separate_branch = options.branch == "separate"
         self.needs_argmax = not self.separate_branch
         most = options.max_draft_tokens + largest_comb(options.window_size, options.ngram_size)
-        # the paper's method alone needs nothing but its window
-        known = options if options.prompt_lookup else options.model_copy(update={"recycled_tokens": 0})
+        # the paper's method alone needs nothing but its window, and no memory for more
+        alone = {"recycled_tokens": 0, "shared_tokens": 0}
+        known = options if options.prompt_lookup else options.model_copy(update=alone)
         self.num_top = known.recycled_tokens
         self.guesses = Guesses(known, most)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_lookahead import wrappers
 from vllm_lookahead.drafting.request_info import NAMESPACE
-from vllm_lookahead.predictions import PREDICTION, PredictionError, token_ids
+from vllm_lookahead.predictions import PREDICTION, PredictionError, tokenised
 
 
 def namespace_of(cache_salt: str | None, lora_request: Any) -> str:
@@ -25,21 +25,6 @@ def namespace_of(cache_salt: str | None, lora_request: Any) -> str:
     if not cache_salt and adapter is None:
         return ""
     return hashlib.sha256(json.dumps([cache_salt or "", adapter]).encode()).hexdigest()
-
-
-def tokenised(prediction: Any, processor: Any) -> list[int]:
-    """A request's prediction as token ids.
-
-    Raises:
-        VLLMValidationError: it can't be used; vLLM answers that with status 400.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    model = processor.model_config
-    try:
-        return token_ids(prediction, processor.tokenizer, model.get_vocab_size(), model.max_model_len)
-    except PredictionError as error:
-        raise VLLMValidationError(str(error), parameter=PREDICTION) from error
 
 
 def wrap_front_end(is_ours: Callable[[Any], bool]) -> None:
@@ -51,6 +36,7 @@ def wrap_front_end(is_ours: Callable[[Any], bool]) -> None:
     Args:
         is_ours: whether a speculative config is this plugin's; other engines' requests stay as they are.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
     def with_info(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +48,10 @@ def wrap_front_end(is_ours: Callable[[Any], bool]) -> None:
                 extra = {**(params.extra_args or {})}
                 extra[NAMESPACE] = namespace_of(request.cache_salt, request.lora_request)
                 if extra.get(PREDICTION) is not None:
-                    extra[PREDICTION] = tokenised(extra[PREDICTION], self)
+                    try:
+                        extra[PREDICTION] = tokenised(extra[PREDICTION], self)
+                    except PredictionError as error:  # vLLM answers its own kind with status 400
+                        raise VLLMValidationError(str(error), parameter=PREDICTION) from error
                 params.extra_args = extra
             return request
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vllm_lookahead.predictions import PREDICTION, PredictionError, count_accepted, token_ids
+from vllm_lookahead.predictions import PREDICTION, PredictionError, count_accepted, tokenised
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -196,21 +196,6 @@ class Answer:
                     elif name in part:
                         part[name] = None
         return answer
-
-
-def tokenised(text: str, engine: Any) -> list[int]:
-    """A prediction's token ids.
-
-    Args:
-        text: the prediction.
-        engine: vLLM's engine client.
-
-    Raises:
-        PredictionError: it is too long, or the engine has no tokenizer.
-    """
-    model = engine.model_config
-    tokenizer = None if model.skip_tokenizer_init else engine.get_tokenizer()
-    return token_ids(text, tokenizer, model.get_vocab_size(), model.max_model_len)
 
 
 async def read_body(receive: Receive) -> bytes | None:

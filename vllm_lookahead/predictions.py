@@ -52,6 +52,20 @@ def token_ids(prediction: Any, tokenizer: Any, vocab_size: int, max_length: int)
     return list(prediction)
 
 
+def tokenised(prediction: Any, front_end: Any) -> list[int]:
+    """A prediction's token ids by an engine's tokenizer and limits.
+
+    Args:
+        prediction: see ``token_ids``.
+        front_end: vLLM's ``AsyncLLM`` or ``InputProcessor``.
+
+    Raises:
+        PredictionError: see ``token_ids``.
+    """
+    model = front_end.model_config
+    return token_ids(prediction, front_end.tokenizer, model.get_vocab_size(), model.max_model_len)
+
+
 def count_accepted(prediction: Sequence[int], output: Sequence[int]) -> int:
     """How many of a prediction's tokens appeared in the output.
 

@@ -36,7 +36,7 @@ PLUGIN: tuple[Part, ...] = (
     Attributes(
         "vllm.v1.engine.input_processor:InputProcessor", ("model_config", "process_inputs", "tokenizer", "vllm_config")
     ),
-    Attributes("vllm.v1.engine.async_llm:AsyncLLM", ("get_tokenizer", "model_config")),
+    Attributes("vllm.v1.engine.async_llm:AsyncLLM", ("model_config", "tokenizer")),
     Attributes("vllm.v1.engine:EngineCoreRequest", ("cache_salt", "lora_request", "sampling_params")),
     Attributes("vllm.exceptions:VLLMValidationError"),
     Function("vllm.tokenizers:cached_tokenizer_from_config", ("model_config",)),
