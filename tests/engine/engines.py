@@ -14,6 +14,7 @@ from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_lookahead.predictions import PREDICTION
 from vllm_lookahead.trees.step import retrace
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -135,6 +136,18 @@ def run(
         # a failure must not leave requests to the engine's next user
         engine.abort_request([str(index) for index in range(len(requests)) if index not in outputs])
     return [outputs[index] for index in range(len(requests))]
+
+
+def predicting(requests: Sequence[Request], outputs: Sequence[RequestOutput]) -> list[Request]:
+    """Of three requests the first with its output as prediction, the second with that one too, the third without."""
+    texts = token_ids(outputs)
+    changed = []
+    for i, request in enumerate(requests):
+        params = request.params.clone()
+        if i % 3 < 2:
+            params.extra_args = {PREDICTION: texts[i - i % 3]}
+        changed.append(Request(request.prompt, params))
+    return changed
 
 
 def token_ids(outputs: Sequence[RequestOutput]) -> list[list[int]]:

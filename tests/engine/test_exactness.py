@@ -10,10 +10,9 @@ import pytest
 from vllm import LLM, RequestOutput
 
 from vllm_lookahead.metrics import COUNTERS
-from vllm_lookahead.predictions import PREDICTION
 
 from .cases import CASES, Case, Encode, either, ids
-from .engines import METHODS, Request, TreeSpy, assert_same, ended_inside_a_path, engine, run
+from .engines import METHODS, Request, TreeSpy, assert_same, ended_inside_a_path, engine, predicting, run
 from .likeliest import TopSpy
 from .prompts import PROMPTS
 
@@ -72,18 +71,11 @@ def test_every_source_at_once(
     cases = [case for case in CASES if case.name in ("greedy", "seeded sampling", "penalties")]
     expected = [output for case in cases for output in reference(case)]
     requests = [request for case in cases for request in case.requests(encode)]
-    outputs = [list(output.outputs[0].token_ids) for output in expected]
-    predicted = []
-    for i, request in enumerate(requests):
-        params = request.params.clone()
-        if i % 3 < 2:
-            params.extra_args = {PREDICTION: outputs[i - i % 3]}
-        predicted.append(Request(request.prompt, params))
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(output.outputs[0].text for output in expected[2::3]))
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     with engine(demo_model, {**METHODS["lookahead"], "corpus": str(corpus), "recycled_tokens": 8}) as ours:
-        got = run(ours, predicted, in_flight=8, seed=23)
+        got = run(ours, predicting(requests, expected), in_flight=8, seed=23)
         name = COUNTERS[1][0]
         accepted = {m.labels["source"]: m.value for m in ours.get_metrics() if m.name == name}
     assert_same(expected, got, [prompt for case in cases for prompt in case.prompts])

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from engine.cases import CASES, Encode, either, greedy, seeded
-from engine.engines import METHODS, Request, TreeSpy, assert_same, engine, run, runner_of, token_ids
+from engine.engines import METHODS, Request, TreeSpy, assert_same, engine, predicting, run, runner_of, token_ids
 from engine.likeliest import TopSpy
 from engine.prompts import PROMPTS, REPETITIVE
 from vllm import LLM, RequestOutput
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_lookahead.metrics import COUNTERS
-from vllm_lookahead.predictions import PREDICTION
 
 from .conftest import NODES, SMALL
 
@@ -70,17 +69,10 @@ def test_every_source_at_once(
 ) -> None:
     """See the V1 suite's test of this name."""
     requests, names, expected = (part[2::3] for part in all_cases)
-    outputs = token_ids(expected)
-    predicted = []
-    for i, request in enumerate(requests):
-        params = request.params.clone()
-        if i % 3 < 2:
-            params.extra_args = {PREDICTION: outputs[i - i % 3]}
-        predicted.append(Request(request.prompt, params))
     (tmp_path / "corpus.txt").write_text("\n".join(output.outputs[0].text for output in expected))
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     with engine(demo_model, {**TREES, "corpus": str(tmp_path)}, **SMALL) as ours:
-        got = run(ours, predicted, in_flight=6, seed=4)
+        got = run(ours, predicting(requests, expected), in_flight=6, seed=4)
         accepted = {m.labels["source"]: m.value for m in ours.get_metrics() if m.name == COUNTERS[1][0]}
     assert_same(expected, got, names)
     assert accepted["prediction"] >= 5, accepted
