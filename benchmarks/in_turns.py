@@ -53,10 +53,11 @@ def as_stock(llm: LLM) -> Iterator[None]:
         runner.speculative_config, core.use_spec_decode = speculative, use
 
 
-def serve(llm: LLM, prompts: list[Any], params: list[SamplingParams]) -> tuple[float, list[list[int]]]:
-    """Seconds and outputs of one group of requests that arrive together."""
+def serve(llm: LLM, prompts: list[str], params: list[SamplingParams], salt: str) -> tuple[float, list[list[int]]]:
+    """Seconds and outputs of one group of requests that arrive together; other salts' answers help nobody here."""
+    salted: list[Any] = [{"prompt": prompt, "cache_salt": salt} for prompt in prompts]
     begin = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(salted, params, use_tqdm=False)
     return time.perf_counter() - begin, [list(output.outputs[0].token_ids) for output in outputs]
 
 
@@ -84,7 +85,7 @@ def main() -> None:
     )
     texts = read_prompts(options.prompts)
     chosen = order(len(texts), 0, options.num_prompts)
-    prompts: list[Any] = [texts[i].text for i in chosen]
+    prompts = [texts[i].text for i in chosen]
     params = [
         SamplingParams(
             temperature=options.temperature,
@@ -95,17 +96,17 @@ def main() -> None:
         for i in chosen
     ]
     groups = [slice(i, i + options.batch) for i in range(0, options.num_prompts, options.batch)]
-    serve(llm, prompts[:4], params[:4])
+    serve(llm, prompts[:4], params[:4], "warm-up")
     times: dict[str, list[float]] = {"stock": [], "ours": []}
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for group in groups:
             outputs = {}
             for name in random.sample(list(times), 2):
                 if name == "ours":
-                    seconds, outputs[name] = serve(llm, prompts[group], params[group])
+                    seconds, outputs[name] = serve(llm, prompts[group], params[group], f"round {number}")
                 else:
                     with as_stock(llm):
-                        seconds, outputs[name] = serve(llm, prompts[group], params[group])
+                        seconds, outputs[name] = serve(llm, prompts[group], params[group], f"round {number}")
                 times[name].append(seconds)
             assert outputs["stock"] == outputs["ours"], "the outputs differ"
     stock, ours = np.array(times["stock"]), np.array(times["ours"])

@@ -28,6 +28,7 @@ class Engine:
 
         self.llm = LLM(model, speculative_config=speculative_config, **arguments)
         self.nodes = 0
+        self._calls = 0
         self._count_nodes()
 
     @property
@@ -77,6 +78,8 @@ class Engine:
     ) -> dict[str, Any]:
         """Continue all prompts with ``batch`` of them in the engine at a time: one ends, the next one enters.
 
+        Every call has a cache salt of its own: the same prompts were asked before, and nobody shall know the answers.
+
         Args:
             prompts: token ids.
             batch: most requests in the engine.
@@ -95,12 +98,14 @@ class Engine:
         started = set[int]()  # running requests that have their first token
         running, request_steps, decode_steps, decode_seconds = 0, 0, 0, 0.0
         self.nodes = 0
+        self._calls += 1
+        salt = f"call {self._calls}"
         start = time.perf_counter()
         while waiting or running:
             while waiting and running < batch:
                 i = waiting.popleft()
                 params = self._params(max_tokens, temperature, seeds[i] if temperature else None, ignore_eos)
-                engine.add_request(str(i), {"prompt_token_ids": list(prompts[i])}, params)
+                engine.add_request(str(i), {"prompt_token_ids": list(prompts[i]), "cache_salt": salt}, params)
                 running += 1
             decoding = len(started) == running
             begin = time.perf_counter()

@@ -116,13 +116,16 @@ class Reporter:
             self.send("progress", tokens=tokens)
 
 
-def generate(llm: Any, prompts: list[list[int]], params: list[Any], on_tokens: Any = lambda tokens: None) -> Run:
+def generate(
+    llm: Any, prompts: list[list[int]], params: list[Any], salt: str, on_tokens: Any = lambda tokens: None
+) -> Run:
     """Continue prompts, all of them at once, and keep what every single step emitted.
 
     Args:
         llm: a ``vllm.LLM``.
         prompts: token ids.
         params: a ``SamplingParams`` per prompt, whose ``output_kind`` is ``DELTA``.
+        salt: what was said under another cache salt helps nobody here.
         on_tokens: called after every step with the number of tokens so far.
     """
     engine = llm.llm_engine
@@ -130,7 +133,7 @@ def generate(llm: Any, prompts: list[list[int]], params: list[Any], on_tokens: A
     tokens = 0
     start = time.perf_counter()
     for i, prompt in enumerate(prompts):
-        engine.add_request(str(i), {"prompt_token_ids": prompt}, params[i])
+        engine.add_request(str(i), {"prompt_token_ids": prompt, "cache_salt": salt}, params[i])
     while engine.has_unfinished_requests():
         for result in engine.step():
             delta = result.outputs[0]
@@ -177,19 +180,22 @@ def work(job: Job, reporter: Reporter) -> None:
         )
 
     # the first steps compile and allocate
-    generate(llm, prompts, [params(i, 16) for i in range(len(prompts))])
+    generate(llm, prompts, [params(i, 16) for i in range(len(prompts))], "warm-up")
     reporter.send("ready", seconds=time.perf_counter() - start, total=2 * len(prompts) * job.max_tokens)
 
     alone: list[Run] = []
     done = 0
     for i, prompt in enumerate(prompts):
-        run = generate(llm, [prompt], [params(i, job.max_tokens)], lambda n, done=done: reporter.progress(done + n))
+        run = generate(
+            llm, [prompt], [params(i, job.max_tokens)], "alone", lambda n, done=done: reporter.progress(done + n)
+        )
         alone.append(run)
         done += run.num_tokens
     together = generate(
         llm,
         prompts,
         [params(i, job.max_tokens) for i in range(len(prompts))],
+        "together",
         lambda n: reporter.progress(done + n),
     )
     reporter.send("result", alone=[asdict(run) for run in alone], together=asdict(together))
