@@ -112,6 +112,19 @@ def test_a_slow_moment_at_start_up_is_not_believed() -> None:
     assert [cost.forward(n) for n in (1, 2, 64)] == pytest.approx([0.0101, 0.0102, 0.0164])
 
 
+def test_a_slow_model_is_measured_as_far_as_trees_reach() -> None:
+    """What is extrapolated in proportion says that a draft token costs as much as the first one."""
+    passes: list[int] = []
+
+    def forward(tokens: int) -> float:
+        passes.append(tokens)
+        return 0.14 + tokens * 1e-4
+
+    cost = measure_step_cost(forward, 512, lambda value: value)
+    assert [cost.forward(n) for n in (1, 16, 64)] == pytest.approx([0.1401, 0.1416, 0.1464])
+    assert len(passes) <= 12, "each of them takes long"
+
+
 # ---- when to ask
 
 

@@ -27,6 +27,8 @@ USEFUL_RATE = 1 / 64
 
 MEASURE_SECONDS = 1.0
 MEASURE_ROUNDS = 4
+MEASURE_LEAST = 64
+"""So many tokens are measured however long it takes: a guess for them would rule every step of a slow model."""
 
 EXPLORE_STEPS = 24
 MOST_GAIN = 1.0
@@ -273,7 +275,7 @@ class AutoBudget(DraftPolicy):
 
 
 def measure_step_cost(forward: Callable[[int], float], most: int, agree: Callable[[Any], Any]) -> StepCost:
-    """Time the forward pass at growing sizes, for at most about ``MEASURE_SECONDS``.
+    """Time the forward pass at growing sizes: for about ``MEASURE_SECONDS``, or ten passes of a slow model.
 
     The sizes are gone through several times, and the fastest pass of each counts: a machine that is busy for a moment
     spoils one round, not one size.
@@ -286,13 +288,15 @@ def measure_step_cost(forward: Callable[[int], float], most: int, agree: Callabl
     forward(1)
     sizes: list[int] = []
     times: list[float] = []
-    size = 1
-    while not sizes or (sizes[-1] < most and sum(times) < MEASURE_SECONDS / MEASURE_ROUNDS):
+    size, share = 1, MEASURE_SECONDS / MEASURE_ROUNDS
+    while not sizes or (sizes[-1] < most and (sum(times) < share or sizes[-1] < MEASURE_LEAST)):
         sizes.append(size)
         # twice: how far the sizes go must not depend on a moment either
         times.append(agree(min(forward(size), forward(size))))
-        size = min(most, max(size + 1, size * 3 // 2))
+        size = min(most, max(size + 1, size * 3 // 2) if sum(times) < share else 4 * size)
     for _ in range(MEASURE_ROUNDS - 1):
+        if sum(times) > 2 * share:
+            break
         times = [min(before, agree(forward(size))) for size, before in zip(sizes, times, strict=True)]
     return StepCost(sizes, times)
 
