@@ -78,6 +78,7 @@ class Lookahead(Proposer):
     options: LookaheadOptions
     needs_argmax = True
     sources = SOURCES
+    time_limit = None
 
     def __init__(self, options: LookaheadOptions) -> None:
         super().__init__(options)

@@ -29,6 +29,7 @@ class PromptLookup(Proposer):
     Options = PromptLookupOptions
     options: PromptLookupOptions
     sources = SOURCES
+    time_limit = None
 
     def __init__(self, options: PromptLookupOptions) -> None:
         super().__init__(options)

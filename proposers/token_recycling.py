@@ -45,6 +45,7 @@ class TokenRecycling(Proposer):
     Options = TokenRecyclingOptions
     options: TokenRecyclingOptions
     sources = SOURCES
+    time_limit = None
 
     def __init__(self, options: TokenRecyclingOptions) -> None:
         super().__init__(options)

@@ -16,6 +16,8 @@ ByteArray = NDArray[np.uint8]
 
 ROOT = -1
 """The ``parents`` entry of a node that hangs from the root (the last accepted token, which is not a node)."""
+NO_CHANCES = np.empty(0, np.float32)
+NO_SOURCES = np.empty(0, np.uint8)
 
 
 @dataclass(slots=True, frozen=True)
@@ -145,8 +147,39 @@ class DraftTree:
                 here = node
         return np.array(path, np.int32)
 
+    def check(self, vocab_size: int, num_sources: int = 256) -> None:
+        """Check all that an engine relies on, in a few microseconds: no tree may harm it, whoever made it.
+
+        Args:
+            vocab_size: of the target model.
+            num_sources: how many sources the proposer has.
+
+        Raises:
+            ValueError: says what is wrong.
+        """
+        arrays = (self.token_ids, self.parents, self.depths)
+        chances = NO_CHANCES if self.chances is None else self.chances
+        sources = NO_SOURCES if self.sources is None else self.sources
+        # types first: numba would take a second to compile for others
+        if (
+            all(isinstance(array, np.ndarray) and array.ndim == 1 for array in (*arrays, chances, sources))
+            and all(array.dtype == np.int32 for array in arrays)
+            and chances.dtype == np.float32
+            and sources.dtype == np.uint8
+            and len(self.token_ids) == len(self.parents) == len(self.depths)
+            and 0 <= self.num_branch <= len(self)
+            and (self.chances is None or len(chances) == self.num_guesses)
+            and (self.sources is None or len(sources) == self.num_guesses)
+            and _is_sound(*arrays, chances, sources, vocab_size, num_sources)
+        ):
+            return
+        self.validate()
+        if (self.token_ids >= vocab_size).any():
+            raise ValueError(f"token {int(self.token_ids.max())} is not of the vocabulary, which has {vocab_size}")
+        raise ValueError(f"source {int(sources.max(initial=0))}: there are {num_sources}")
+
     def validate(self, *, unique_siblings: bool = False) -> None:
-        """Check what the class promises (for tests).
+        """Check what the class promises, one after the other.
 
         Args:
             unique_siblings: also ask that no two children of a node carry the same token, as in a trie of guesses.
@@ -154,22 +187,21 @@ class DraftTree:
         Raises:
             ValueError: says which promise which node breaks.
         """
-        arrays = {"token_ids": self.token_ids, "parents": self.parents, "depths": self.depths}
-        for name, array in arrays.items():
-            if array.dtype != np.int32 or array.ndim != 1 or len(array) != len(self):
-                raise ValueError(f"{name} is {array.dtype} {array.shape}, expected int32 ({len(self)},)")
-        if self.chances is not None:
-            expected = self.num_guesses
-            if self.chances.dtype != np.float32 or self.chances.shape != (expected,):
-                raise ValueError(
-                    f"chances is {self.chances.dtype} {self.chances.shape}, expected float32 ({expected},)"
-                )
-            if (np.diff(self.chances) > 0).any():
-                raise ValueError("chances rise")
+        for name in ("token_ids", "parents", "depths"):
+            _expect(name, getattr(self, name), np.int32, len(self))
         if not 0 <= self.num_branch <= len(self):
             raise ValueError(f"num_branch is {self.num_branch}, expected 0 to {len(self)}")
+        if self.chances is not None:
+            _expect("chances", self.chances, np.float32, self.num_guesses)
+            if not ((self.chances >= 0.0) & (self.chances <= 1.0)).all():
+                raise ValueError("a chance is not between 0 and 1")
+            if (np.diff(self.chances) > 0).any():
+                raise ValueError("chances rise")
+        if self.sources is not None:
+            _expect("sources", self.sources, np.uint8, self.num_guesses)
         children: set[tuple[int, int]] = set()
-        for node, (token, parent, depth) in enumerate(zip(*(a.tolist() for a in arrays.values()), strict=True)):
+        nodes = zip(self.token_ids.tolist(), self.parents.tolist(), self.depths.tolist(), strict=True)
+        for node, (token, parent, depth) in enumerate(nodes):
             if token < 0:
                 raise ValueError(f"node {node} has token {token}, expected at least 0")
             if not ROOT <= parent < node:
@@ -226,6 +258,37 @@ def merge(guesses: Iterable[Iterable[int]], budget: int) -> DraftTree:
     return builder.build()
 
 
+def _expect(name: str, array: object, dtype: type, length: int) -> None:
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is a {type(array).__name__}, expected an array")
+    if array.dtype != dtype or array.shape != (length,):
+        raise ValueError(f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} ({length},)")
+
+
+@njit(cache=True)
+def _is_sound(
+    token_ids: IntArray,
+    parents: IntArray,
+    depths: IntArray,
+    chances: FloatArray,
+    sources: ByteArray,
+    vocab_size: int,
+    num_sources: int,
+) -> bool:
+    for node in range(len(parents)):
+        parent = parents[node]
+        if not 0 <= token_ids[node] < vocab_size or not -1 <= parent < node:
+            return False
+        if depths[node] != (1 if parent < 0 else depths[parent] + 1):
+            return False
+    last = np.float32(1.0)
+    for chance in chances:
+        if not 0.0 <= chance <= last:  # also where it is no number
+            return False
+        last = chance
+    return len(sources) == 0 or sources.max() < num_sources
+
+
 @njit(cache=True)
 def _depths(parents: IntArray) -> IntArray:
     depths = np.empty(len(parents), np.int32)
@@ -278,6 +341,7 @@ def _first_path(parents: IntArray) -> IntArray:
 def warm_up() -> None:
     """Compile this module's kernels (or load them from numba's cache)."""
     tree = DraftTree.from_parents([1, 2], [ROOT, 0])
+    tree.check(3)
     tree.ancestor_mask()
     tree.as_chain()
     tree.up_to(1)

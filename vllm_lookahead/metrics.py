@@ -2,6 +2,7 @@
 
 Drafts are verified in a worker, ``/metrics`` is served by the front end, and vLLM's own statistics have no room for
 this. So both map one small file: each engine's first worker adds to it, and the front end reads it when it is asked.
+With several API servers ``prometheus_client`` already has such files, and a worker writes them as a server would.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.values import MultiProcessValue
 
 from proposers import DraftTree
 from proposers.tree import IntArray
@@ -26,6 +29,9 @@ FILE = "VLLM_LOOKAHEAD_COUNTS"
 WINDOW = "window"
 """Source of the nodes of a lookahead branch."""
 DRAFTED, ACCEPTED = 0, 1
+MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
+"""Set where several API servers share vLLM's metrics."""
+LABELS = ("model_name", "engine", "source")
 COUNTERS = (
     ("vllm:spec_decode_num_draft_tokens_by_source", "Number of verified draft tokens, by where they came from."),
     ("vllm:spec_decode_num_accepted_tokens_by_source", "Number of accepted draft tokens, by where they came from."),
@@ -51,7 +57,7 @@ class SourceCollector(Collector):
     def collect(self) -> Iterator[CounterMetricFamily]:
         """See ``prometheus_client.registry.Collector``."""
         for row, (name, text) in enumerate(COUNTERS):
-            family = CounterMetricFamily(name, text, labels=["model_name", "engine", "source"])
+            family = CounterMetricFamily(name, text, labels=LABELS)
             for engine, counts in enumerate(self.counts):
                 for source, value in zip(self.sources, counts[row], strict=True):
                     family.add_metric([self.model, str(engine), source], int(value))
@@ -89,12 +95,14 @@ class SourceCounts:
     Args:
         sources: names of what guesses come from; without any, nothing is counted.
         engine: which engine this is.
+        model: the name that the model is served under.
         first: whether this is its first worker; the others see the same.
     """
 
-    def __init__(self, sources: Sequence[str], engine: int, *, first: bool) -> None:
+    def __init__(self, sources: Sequence[str], engine: int, model: str, *, first: bool) -> None:
         self._size = len(sources) + 1
         self._counts: Counts | None = None
+        self._shared: list[list[Any]] = []
         path = os.environ.get(FILE)
         if not sources or not first or path is None:
             return
@@ -102,6 +110,9 @@ class SourceCounts:
         with contextlib.suppress(OSError, ValueError):
             counts = np.memmap(path, np.int64, "r+").reshape(-1, 2, self._size)
             self._counts = counts[engine] if engine < len(counts) else None
+        if self._counts is not None and MULTIPROCESS in os.environ:
+            self._counts = np.zeros((2, self._size), np.int64)
+            self._shared = _shared_counters((*sources, WINDOW), engine, model)
 
     def add(self, tree: DraftTree, num_nodes: int, path: IntArray) -> None:
         """Count one verified tree.
@@ -116,8 +127,27 @@ class SourceCounts:
         of_node = np.full(num_nodes, self._size - 1, np.intp)
         guesses = tree.sources[:num_nodes]
         of_node[: len(guesses)] = guesses
-        self._counts[DRAFTED] += np.bincount(of_node, minlength=self._size)
-        self._counts[ACCEPTED] += np.bincount(of_node[path], minlength=self._size)
+        for row, nodes in ((DRAFTED, of_node), (ACCEPTED, of_node[path])):
+            counts = np.bincount(nodes, minlength=self._size)
+            self._counts[row] += counts
+            if self._shared:
+                for source in counts.nonzero()[0].tolist():
+                    self._shared[row][source].inc(int(counts[source]))
+
+
+def _shared_counters(sources: Sequence[str], engine: int, model: str) -> list[list[Any]]:
+    """Counters in files that ``prometheus_client`` sums up over processes: vLLM's way with several API servers.
+
+    Returns:
+        For each of ``COUNTERS`` one value per source.
+    """
+    # in files of their own: those of this process's other counters must not be opened twice
+    value = MultiProcessValue(lambda: f"{os.getpid()}-lookahead")  # type: ignore[no-untyped-call]
+    names = [*LABELS]
+    return [
+        [value("counter", name, f"{name}_total", names, [model, str(engine), source], text) for source in sources]
+        for name, text in COUNTERS
+    ]
 
 
 def _remove(path: str, pid: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -18,8 +20,6 @@ from proposers import (
     NO_INFO,
     DraftTree,
     PromptLookup,
-    PromptLookupOptions,
-    Proposer,
     RequestInfo,
     RequestProposer,
     Verified,
@@ -98,44 +98,66 @@ def test_1500_requests_with_random_aborts(
     assert grown < 8 << 20, f"memory grew by {grown >> 10} KiB in 500 requests"
 
 
-class FailingOptions(PromptLookupOptions):
-    where: Literal["start", "propose", "observe", "finish"]
+BUGS: dict[str, Callable[[], object]] = {
+    "a cycle": lambda: DraftTree(*np.array([[1, 2], [1, 0], [1, 2]], np.int32)),
+    "a token outside of the vocabulary": lambda: DraftTree.chain([1, 1 << 30]),
+    "a negative token": lambda: DraftTree.chain([-5]),
+    "a chance that is no number": lambda: replace(DraftTree.chain([1]), chances=np.array([np.nan], np.float32)),
+    "too many nodes": lambda: DraftTree.chain([1] * 500),
+    "lists": lambda: DraftTree([1], [-1], [1]),  # type: ignore[arg-type]
+    "no tree": lambda: [1, 2],
+}
+"""What a proposal may be by mistake."""
 
 
 class FailingProposer(PromptLookup):
-    """Prompt lookup with a bug: in ``start``, in the 5th ``propose``, in the 3rd ``observe`` or in ``finish``."""
+    """Prompt lookup with another bug in every request: see ``KINDS``."""
 
-    Options = FailingOptions
-    options: FailingOptions
+    KINDS = ("start", "propose", "observe", "finish", "hang", *BUGS)
+    time_limit = 2.0
+    started: ClassVar[Counter[str]] = Counter()
+    asked_again: ClassVar[Counter[str]] = Counter()
 
     def warm_up(self) -> None:
         """It only fails when there are requests."""
 
     def start(self, request_id: str, prompt: Any, info: RequestInfo = NO_INFO) -> RequestProposer:
-        if self.options.where == "start":
+        kind = self.KINDS[self.started.total() % len(self.KINDS)]
+        self.started[kind] += 1
+        if kind == "start":
             raise RuntimeError("a bug in start")
-        return FailingRequest(self.options.where, super().start(request_id, prompt, info))
+        return FailingRequest(kind, super().start(request_id, prompt, info))
 
 
 class FailingRequest(RequestProposer):
-    def __init__(self, where: str, inner: RequestProposer) -> None:
-        self.where, self.inner = where, inner
+    """Fails in the 3rd proposal or in the 2nd ``observe``, and counts who asks it again."""
+
+    def __init__(self, kind: str, inner: RequestProposer) -> None:
+        self.kind, self.inner = kind, inner
         self.proposed = self.observed = 0
+        self.failed = False
 
     def propose(self, context: Any, budget: int) -> DraftTree:
+        FailingProposer.asked_again[self.kind] += self.failed
         self.proposed += 1
-        if self.where == "propose" and self.proposed == 5:
-            raise RuntimeError("a bug in propose")
+        if self.kind in ("propose", "hang", *BUGS) and self.proposed == 3:
+            self.failed = True
+            if self.kind == "propose":
+                raise RuntimeError("a bug in propose")
+            while self.kind == "hang":
+                pass
+            return BUGS[self.kind]()  # type: ignore[return-value]
         return self.inner.propose(context, budget)
 
     def observe(self, tree: DraftTree, verified: Verified) -> None:
         self.observed += 1
-        if self.where == "observe" and self.observed == 3:
+        if self.kind == "observe" and self.observed == 2:
+            self.failed = True
             raise RuntimeError("a bug in observe")
         self.inner.observe(tree, verified)
 
     def finish(self) -> None:
-        if self.where == "finish":
+        if self.kind == "finish":
             raise RuntimeError("a bug in finish")
         self.inner.finish()
 
@@ -149,25 +171,24 @@ def failing() -> Iterator[str]:
     del registry._registered[name]
 
 
-@pytest.mark.parametrize("where", ["start", "propose", "observe", "finish"])
 def test_a_failing_proposer_is_logged_once_and_costs_nothing_but_drafts(
-    where: str,
     failing: str,
     demo_model: str,
     reference: Callable[[Case], list[RequestOutput]],
     encode: Encode,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert issubclass(registry.get(failing), Proposer)
     case = CASES[0]
     requests = case.requests(encode)[:24]
-    with engine(demo_model, {"method": failing, "where": where}) as llm:
+    with engine(demo_model, {"method": failing}) as llm:
         got = run(llm, requests, in_flight=16, seed=14)
         llm.llm_engine.step()
         assert len(runner_of(llm).drafter) == 0
     assert_same(reference(case)[:24], got, case.prompts[:24])
+    assert FailingProposer.started.keys() == set(FailingProposer.KINDS), "a kind of bug was left out"
+    assert not +FailingProposer.asked_again, "a proposer that failed was asked again"
     errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(errors) == 1, [record.getMessage() for record in errors]
     assert failing in errors[0].getMessage()
     assert errors[0].exc_info is not None
-    assert f"a bug in {where}" in str(errors[0].exc_info[1])
+    assert "a bug in start" in str(errors[0].exc_info[1])

@@ -27,13 +27,16 @@ def test_preset_with_defaults(demo_model: str, logs: Path) -> None:
 
 
 def test_data_parallelism(stock: OpenAI, demo_model: str, logs: Path) -> None:
-    """Two engines behind one server, each with trees of its own."""
+    """Two engines, each with trees of its own, behind two API servers, as vLLM starts them then."""
     arguments = (*COMPARABLE, "--data-parallel-size", "2", "--speculative-model", "[prompt_lookup]")
     with serving(demo_model, logs / "data-parallel.log", *arguments) as server:
         server.wait_until_ready()
         prompts = PROMPTS * 4
         assert texts(complete(client(server), prompts)) == texts(complete(stock, prompts))
-        assert server.metrics()["vllm:spec_decode_num_accepted_tokens_total"] > 0
+        metrics = server.metrics()
+        assert metrics["vllm:spec_decode_num_accepted_tokens_total"] > 0
+        for name in ("vllm:spec_decode_num_accepted_tokens", "vllm:spec_decode_num_draft_tokens"):
+            assert metrics[f"{name}_by_source_total"] == metrics[f"{name}_total"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """DraftTree: what the engine may rely on, whatever a proposer guesses."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -187,3 +190,49 @@ def test_validate_names_what_is_wrong(
     tree = DraftTree(np.array(token_ids, np.int32), np.array(parents, np.int32), np.array(depths, np.int32))
     with pytest.raises(ValueError, match=message):
         tree.validate(unique_siblings=True)
+
+
+@settings(deadline=None)  # the first call compiles
+@given(trees())
+def test_check_accepts_whatever_is_valid(tree: DraftTree) -> None:
+    tree.check(vocab_size=4)
+    chances = np.linspace(1.0, 0.0, len(tree), dtype=np.float32)
+    replace(tree, chances=chances, sources=np.zeros(len(tree), np.uint8)).check(4, num_sources=1)
+
+
+SOUND = DraftTree.from_parents([1, 2, 3], [ROOT, 0, 0])
+CHANCES = np.array([0.5, 0.25, 0.25], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": np.array([1, 2, 4], np.int32)}, "token 4 is not of the vocabulary, which has 4"),
+        ({"token_ids": np.array([1, -2, 3], np.int32)}, "node 1 has token -2"),
+        ({"token_ids": np.array([1, 2, 3])}, "token_ids is int64"),
+        ({"token_ids": np.array([1.0, 2.0, 3.0])}, "token_ids is float64"),
+        ({"token_ids": [1, 2, 3]}, "token_ids is a list"),
+        ({"parents": np.array([ROOT, 2, 1], np.int32)}, "node 1 has parent 2"),
+        ({"parents": np.array([0, 0, 0], np.int32)}, "node 0 has parent 0"),
+        ({"parents": np.array([ROOT, -7, 0], np.int32)}, "node 1 has parent -7"),
+        ({"parents": np.array([ROOT, 0], np.int32)}, r"parents is int32 \(2,\)"),
+        ({"depths": np.array([1, 2, 3], np.int32)}, "node 2 has depth 3"),
+        ({"depths": np.array([[1, 2, 2]], np.int32)}, r"depths is int32 \(1, 3\)"),
+        ({"chances": CHANCES * np.float32(np.nan)}, "not between 0 and 1"),
+        ({"chances": CHANCES * np.float32(np.inf)}, "not between 0 and 1"),
+        ({"chances": -CHANCES}, "not between 0 and 1"),
+        ({"chances": CHANCES * np.float32(3)}, "not between 0 and 1"),
+        ({"chances": CHANCES[::-1].copy()}, "chances rise"),
+        ({"chances": CHANCES[:2]}, "chances is float32"),
+        ({"chances": CHANCES.astype(np.float64)}, "chances is float64"),
+        ({"chances": CHANCES.tolist()}, "chances is a list"),
+        ({"sources": np.array([0, 1, 2], np.uint8)}, "source 2: there are 2"),
+        ({"sources": np.array([0, 1], np.uint8)}, "sources is uint8"),
+        ({"num_branch": 4}, "num_branch is 4"),
+        ({"num_branch": -1}, "num_branch is -1"),
+    ],
+)
+def test_check_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    SOUND.check(4, 2)
+    with pytest.raises(ValueError, match=message):
+        replace(SOUND, **changes).check(4, 2)

@@ -37,6 +37,7 @@ class Junk(Proposer):
     """Proposes ``junk_chain.shape``."""
 
     Options = JunkOptions
+    time_limit = None
 
     def start(self, request_id: str, prompt: IntArray, info: RequestInfo = NO_INFO) -> RequestProposer:
         """See ``Proposer.start``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +14,15 @@ from vllm.logger import init_logger
 from proposers import DraftTree, RequestInfo, RequestProposer, Verified
 from proposers.tree import warm_up as warm_up_trees
 from vllm_lookahead.config import LookaheadConfig
+from vllm_lookahead.drafting.time_limit import TimeLimit, TimeLimitError
 from vllm_lookahead.metrics import SourceCounts
 
 logger = init_logger(f"vllm.{__name__}")
 
+T = TypeVar("T")
 IntArray = NDArray[np.int32]
+MOST_TIMEOUTS = 3
+"""After so many calls that took too long the proposer isn't asked any more: each of them kept all requests waiting."""
 UNKNOWN = RequestInfo(namespace=None)
 """Of a request whose runner tells nothing: it shares with nobody."""
 
@@ -35,8 +40,19 @@ class Drafter:
         self.config = LookaheadConfig.from_vllm_config(vllm_config)
         self.proposer = self.config.build_proposer()
         parallel = vllm_config.parallel_config
-        self.counts = SourceCounts(self.proposer.sources, parallel.data_parallel_index, first=parallel.rank == 0)
+        names = vllm_config.model_config.served_model_name
+        self.counts = SourceCounts(
+            self.proposer.sources,
+            parallel.data_parallel_index,
+            names if isinstance(names, str) else names[0],
+            first=parallel.rank == 0,
+        )
         self.max_nodes = self.config.num_speculative_tokens
+        self._vocab_size = vllm_config.model_config.get_vocab_size()
+        # the ranks of a tensor-parallel group have to give up the same requests, and their clocks differ
+        limit = self.proposer.time_limit if parallel.tensor_parallel_size == 1 else None
+        self._limit = None if limit is None else TimeLimit(limit)
+        self._timeouts = 0
         self._requests: dict[str, RequestProposer | None] = {}  # None: its proposer failed, no more drafts
         self._error_logged = False
 
@@ -48,8 +64,8 @@ class Drafter:
         warm_up_trees()
         try:
             self.proposer.warm_up()
-        except Exception:
-            self._log_error()
+        except Exception as error:
+            self._log_error(error)
 
     def __len__(self) -> int:
         """How many requests have state here."""
@@ -87,15 +103,14 @@ class Drafter:
             if request is None:
                 return None
             request.without_branch = chain or not branch
-            tree = request.propose(context, budget)
-            if len(tree) > budget:
-                raise ValueError(f"the tree has {len(tree)} nodes, the budget was {budget}")
+            tree = self._ask(request.propose, context, budget)
+            self._check(tree, budget)
             if chain:
                 tree = tree.as_chain()
             tree = tree.up_to(depth)
             return tree if len(tree) else None
-        except Exception:
-            self._give_up(req_id)
+        except Exception as error:
+            self._give_up(req_id, error)
             return None
 
     def propose_branch(
@@ -109,10 +124,13 @@ class Drafter:
         """A request's lookahead branch for a forward of its own, or None; arguments as for ``propose_tree``."""
         try:
             request = self._request(req_id, context[:num_prompt_tokens], info)
-            comb = None if request is None else request.propose_branch(context, budget)
-            return comb if comb is not None and len(comb) else None
-        except Exception:
-            self._give_up(req_id)
+            if request is None:
+                return None
+            comb = self._ask(request.propose_branch, context, budget)
+            self._check(comb, budget)
+            return comb if len(comb) else None
+        except Exception as error:
+            self._give_up(req_id, error)
             return None
 
     def observe_branch(self, req_id: str, tree: DraftTree, argmax: IntArray) -> None:
@@ -121,9 +139,9 @@ class Drafter:
         if request is None:
             return
         try:
-            request.observe_branch(tree, argmax)
-        except Exception:
-            self._give_up(req_id)
+            self._ask(request.observe_branch, tree, argmax)
+        except Exception as error:
+            self._give_up(req_id, error)
 
     def observes(self, req_id: str) -> bool:
         """Whether ``observe`` would tell anybody: a proposer may learn from the text alone."""
@@ -136,9 +154,9 @@ class Drafter:
         if request is None:
             return
         try:
-            request.observe(tree, verified)
-        except Exception:
-            self._give_up(req_id)
+            self._ask(request.observe, tree, verified)
+        except Exception as error:
+            self._give_up(req_id, error)
 
     def branch_gain(self, req_id: str) -> float | None:
         """Tokens per step that this request's lookahead branch adds, by its proposer's own account."""
@@ -152,9 +170,9 @@ class Drafter:
             if request is None:
                 continue
             try:
-                request.finish()
-            except Exception:
-                self._log_error()
+                self._ask(request.finish)
+            except Exception as error:
+                self._log_error(error)
 
     def propose(
         self,
@@ -182,17 +200,36 @@ class Drafter:
 
     def _request(self, req_id: str, prompt: IntArray, info: Callable[[], RequestInfo]) -> RequestProposer | None:
         if req_id not in self._requests:
-            self._requests[req_id] = self.proposer.start(req_id, prompt, info())
+            given_up = self._timeouts >= MOST_TIMEOUTS
+            self._requests[req_id] = None if given_up else self._ask(self.proposer.start, req_id, prompt, info())
         return self._requests[req_id]
 
-    def _give_up(self, req_id: str) -> None:
-        self._log_error()
+    def _ask(self, call: Callable[..., T], *arguments: object) -> T:
+        return call(*arguments) if self._limit is None else self._limit.run(call, *arguments)
+
+    def _check(self, tree: DraftTree, budget: int) -> None:
+        if not isinstance(tree, DraftTree):
+            raise TypeError(f"a proposal is a DraftTree, not a {type(tree).__name__}")
+        if len(tree) > budget:
+            raise ValueError(f"the tree has {len(tree)} nodes, the budget was {budget}")
+        tree.check(self._vocab_size, len(self.proposer.sources))
+
+    def _give_up(self, req_id: str, error: Exception) -> None:
+        self._log_error(error)
         self._requests[req_id] = None
 
-    def _log_error(self) -> None:
+    def _log_error(self, error: Exception) -> None:
+        """Called while ``error`` is handled."""
         if not self._error_logged:
             self._error_logged = True
             logger.exception(
                 "Proposer '%s' failed; the request goes on without drafts. Further errors are not logged.",
                 self.config.method,
             )
+        if isinstance(error, TimeLimitError):
+            self._timeouts += 1
+            if self._timeouts == MOST_TIMEOUTS:
+                self._requests = dict.fromkeys(self._requests)
+                logger.error(
+                    "Proposer '%s' took too long %d times; it is not asked any more.", self.config.method, MOST_TIMEOUTS
+                )
