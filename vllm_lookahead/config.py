@@ -106,6 +106,15 @@ class LookaheadConfig(BaseModel):
             )
         return cls.model_validate(ours)
 
+    @classmethod
+    def is_one(cls, value: Any) -> bool:
+        """Whether a value is what ``to_additional_config`` leaves in vLLM's config."""
+        try:
+            cls.model_validate(value)
+        except ValidationError:
+            return False
+        return True
+
     def to_additional_config(self) -> dict[str, Any]:
         """The entry for vLLM's ``additional_config``: plain JSON, because vLLM hashes and pickles it."""
         return {KEY: self.model_dump(mode="json")}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from vllm_lookahead import wrappers
-from vllm_lookahead.config import ConfigError, LookaheadConfig, method_names, requested_method
+from vllm_lookahead.config import KEY, ConfigError, LookaheadConfig, method_names, requested_method
 from vllm_lookahead.contract import UnsupportedVLLMError, check_contract
 from vllm_lookahead.numba_guard import guard
 
@@ -153,7 +153,18 @@ def _requested_config(engine_args: EngineArgs) -> LookaheadConfig | None:
         return None
     if twice:
         raise ConfigError("; ".join(twice))
-    return LookaheadConfig.parse(*requested)
+    method, asked = requested
+    config = LookaheadConfig.parse(method, asked)
+    if (asked.get("num_speculative_tokens") or 0) > config.num_speculative_tokens:
+        from vllm.logger import init_logger
+
+        init_logger("vllm.vllm_lookahead").warning(
+            "[%s] num_speculative_tokens = %d: with its other options a tree has at most %d nodes.",
+            method,
+            asked["num_speculative_tokens"],
+            config.num_speculative_tokens,
+        )
+    return config
 
 
 def _prepare(
@@ -181,9 +192,7 @@ def _prepare(
     check_contract(setup.runner)
     config = _with_corpus(fit_lora(config, setup), model_config)
 
-    if not isinstance(engine_args.additional_config, dict):
-        raise ConfigError(f"[{config.method}] needs additional_config to be a mapping")
-    engine_args.additional_config = {**engine_args.additional_config, **config.to_additional_config()}
+    engine_args.additional_config = _with_ours(engine_args.additional_config, config)
     wrap_front_end(is_ours)
     if not engine_args.disable_log_stats:
         names = model_config.served_model_name
@@ -198,6 +207,23 @@ def _prepare(
             parallel_config.worker_cls,
         )
     return _carrier(config, setup)
+
+
+def _with_ours(additional: Any, config: LookaheadConfig) -> dict[str, Any]:
+    """vLLM's ``additional_config`` with our part in it.
+
+    Raises:
+        ConfigError: the user needs its place for something else.
+    """
+    if not isinstance(additional, dict):
+        raise ConfigError(f"[{config.method}] needs additional_config to be a mapping")
+    # the same arguments may come again with what we left there
+    if KEY in additional and not LookaheadConfig.is_one(additional[KEY]):
+        raise ConfigError(
+            f"additional_config[{KEY!r}] is where vllm-lookahead keeps its own; [{config.method}] takes options from "
+            "--speculative-config alone. Use another key"
+        )
+    return {**additional, **config.to_additional_config()}
 
 
 def _with_corpus(config: LookaheadConfig, model_config: Any) -> LookaheadConfig:

@@ -154,6 +154,31 @@ def test_users_own_dictionaries_are_left_alone(model: str) -> None:
     assert mine == {"mine": 1}
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_user_who_needs_our_place_in_additional_config_is_told(model: str) -> None:
+    for mine in ({"a": 1}, 5, None, []):
+        with pytest.raises(ConfigError, match=r"additional_config\['lookahead'\] is where"):
+            vllm_config(model, speculative_config={"method": "prompt_lookup"}, additional_config={KEY: mine})
+        assert vllm_config(model, additional_config={KEY: mine}).additional_config == {KEY: mine}
+
+
+def test_the_same_arguments_may_come_again_with_another_method(model: str) -> None:
+    args = EngineArgs(model=model, skip_tokenizer_init=True, speculative_config={"method": "prompt_lookup"})
+    assert_ours(args.create_engine_config())
+    args.speculative_config = {"method": "lookahead"}
+    assert_ours(args.create_engine_config(), "lookahead")
+
+
+def test_a_number_of_tokens_that_no_tree_can_have_is_said(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings = heard_warnings(monkeypatch)
+    settings = {"method": "prompt_lookup", "num_speculative_tokens": 64, "max_draft_tokens": 8}
+    assert assert_ours(vllm_config(model, speculative_config=settings)).num_speculative_tokens == 8
+    assert [text for text in warnings if "num_speculative_tokens = 64" in text and "at most 8 nodes" in text]
+    warnings.clear()
+    vllm_config(model, speculative_config={"method": "prompt_lookup", "num_speculative_tokens": 8})
+    assert not [text for text in warnings if "num_speculative_tokens" in text]
+
+
 def test_explicit_worker_class_wins(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings = heard_warnings(monkeypatch)
     stock = "vllm.v1.worker.cpu_worker.CPUWorker"
