@@ -70,6 +70,40 @@ def demo(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Folder or name of a model. Default: the bundled one.")] = None,
+    method: Annotated[str, typer.Option(help="The method to examine.")] = "[prompt_lookup]",
+    options: Annotated[
+        str, typer.Option(help="Further entries of the speculative config, as JSON.", metavar="JSON")
+    ] = "{}",
+    engine: Annotated[str, typer.Option(help="Arguments for vllm.LLM, as JSON.", metavar="JSON")] = "{}",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="To compute with. Default: OMP_NUM_THREADS, else all cores but one.")
+    ] = None,
+) -> None:
+    """Start an engine with a method and say what drafting does on this machine, and what to change.
+
+    Ends with status 1 and one sentence if the engine would not start.
+    """
+    from vllm_lookahead.bench.engines import EngineFailedError, EngineSettings
+    from vllm_lookahead.bench.machine import describe
+    from vllm_lookahead.config import ConfigError
+    from vllm_lookahead.demo.run import MODEL
+    from vllm_lookahead.doctor.report import show
+    from vllm_lookahead.doctor.run import examine
+
+    console, about = Console(), describe()  # before the machine is busy with us
+    config = {**_object(options, "--options"), "method": method.strip("[]")}
+    settings = EngineSettings(model or MODEL, _object(engine, "--engine"), threads)
+    try:
+        with console.status("") as status:
+            findings = examine(config, settings, lambda text: status.update(text))
+    except (ConfigError, EngineFailedError) as error:
+        raise _refused(error, status=1) from None
+    show(console, about, findings)
+
+
+@app.command()
 def batch(
     source: Annotated[
         Path,
@@ -165,11 +199,11 @@ def _object(text: str, flag: str) -> dict[str, Any]:
     return value
 
 
-def _refused(error: Exception) -> typer.Exit:
-    """Say what is wrong; the program ends with status 2."""
+def _refused(error: Exception, status: int = 2) -> typer.Exit:
+    """Say what is wrong; the program ends with this status."""
     message = Text.assemble(("error:", "bold red"), f" {error}")
     Console(stderr=True).print(message, soft_wrap=True)
-    return typer.Exit(2)
+    return typer.Exit(status)
 
 
 if __name__ == "__main__":

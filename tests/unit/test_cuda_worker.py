@@ -185,13 +185,13 @@ def test_memory_is_set_aside_for_the_logits_of_drafts(monkeypatch: pytest.Monkey
         drafter=SimpleNamespace(config=SimpleNamespace(budget="auto")),
     )
     for rows in (1, 16, 100, 256, 5000):
-        limit = runner._node_limit(rows)
+        limit = runner.node_limit(rows)
         assert 0 <= limit <= 64
         assert rows * (1 + limit) <= max(rows, cuda_runner.MOST_LOGITS)
         assert rows * (1 + limit) <= max(rows, 8192 // 4), "drafts leave room for prompts"
-    assert runner._node_limit(16) == 64
+    assert runner.node_limit(16) == 64
     for rows in (1, 16, 256):
         runner.max_num_reqs = rows
         runner._dummy_sampler_run(torch.zeros(3, 8))
-        assert sizes[-1] >= rows * (1 + runner._node_limit(rows))
+        assert sizes[-1] >= rows * (1 + runner.node_limit(rows))
         assert sizes[-1] <= cuda_runner.MOST_LOGITS

@@ -135,4 +135,4 @@ def test_most_nodes_per_request(budget: Any, rows: int, nodes: int) -> None:
         scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
         drafter=SimpleNamespace(config=SimpleNamespace(budget=budget)),
     )
-    assert LookaheadRunnerMixin._node_limit(runner, rows) == nodes
+    assert LookaheadRunnerMixin.node_limit(runner, rows) == nodes

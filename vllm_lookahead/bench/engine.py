@@ -9,11 +9,40 @@ import functools
 import importlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vllm_lookahead.bench import junk_chain
 from vllm_lookahead.bench.prompts import Prompt
+
+PART = "part of a step: "
+RUNNER_PARTS = (
+    *("execute_model", "prepare_inputs", "_prepare_inputs", "_model_forward", "sample_tokens", "sample", "_sample"),
+    *("serve_trees", "walk", "commit_kv"),
+)
+"""What the model runners, vLLM's and ours, V1 and V2, call their parts of a step."""
+
+
+def described(averages: Any, wall_ms: Sequence[float]) -> str:
+    """What a profiler saw of some steps: the whole, its parts, and what takes longest.
+
+    Args:
+        averages: ``torch.profiler.profile.key_averages()``.
+        wall_ms: how long each step took.
+    """
+    import torch
+
+    steps, cuda = len(wall_ms), torch.cuda.is_available()
+    busy = sum(event.self_device_time_total for event in averages if not event.key.startswith(PART)) / 1e3 / steps
+    lines = [f"a step: {sum(wall_ms) / steps:.2f} ms, device busy for {busy:.2f} ms" if cuda else f"{steps} steps"]
+    for event in sorted(averages, key=lambda event: -event.cpu_time_total):
+        if event.key.startswith(PART):
+            name = event.key.removeprefix(PART)
+            host, device = (time / 1e3 / steps for time in (event.cpu_time_total, event.device_time_total))
+            lines.append(f"  {name}: {host:.3f} ms on the host" + (f", {device:.3f} ms on the device" if cuda else ""))
+    by = f"self_{'cuda' if cuda else 'cpu'}_time_total"
+    return "\n".join([*lines, averages.table(sort_by=by, row_limit=25)])
 
 
 class Engine:
@@ -46,13 +75,24 @@ class Engine:
         return {
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "max_model_len": config.model_config.max_model_len,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "compilation": str(config.compilation_config.mode),
             "cudagraphs": str(config.compilation_config.cudagraph_mode),
             "runner": type(self.runner).__name__,
             "threads": torch.get_num_threads(),
+            "eager": config.model_config.enforce_eager,
+            "device": str(config.device_config.device_type),
         }
+
+    def drafting(self, batches: Sequence[int]) -> dict[str, Any] | None:
+        """What the first worker says about its drafting (``DraftingReport``), or None: it isn't ours."""
+        from vllm_lookahead.plugin import WORKERS
+
+        if self.llm.llm_engine.vllm_config.parallel_config.worker_cls not in WORKERS.values():
+            return None
+        return self.llm.collective_rpc("drafting_report", args=(tuple(batches),))[0]
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Prompts as token ids, chats through the chat template if there is one."""
@@ -184,17 +224,47 @@ class Engine:
             found["step_ms"].append([step() for _ in range(steps)])
             asked += batch * nodes * (warm_up + steps)
             if profile:
-                with torch.profiler.profile() as profiler:
-                    for _ in range(profiled):
-                        step()
+                with self._parts_named(), torch.profiler.profile() as profiler:
+                    wall = [step() for _ in range(profiled)]
                 asked += batch * nodes * profiled
-                where = "cuda" if torch.cuda.is_available() else "cpu"
-                averages = profiler.key_averages()
-                found["operators"].append(averages.table(sort_by=f"self_{where}_time_total", row_limit=25))
+                found["operators"].append(described(profiler.key_averages(), wall))
         engine.abort_request(names)
         while engine.has_unfinished_requests():
             engine.step()
         return {**found, "asked": asked, "verified": self.nodes, "accepted": emitted - rows}
+
+    @contextmanager
+    def _parts_named(self) -> Iterator[None]:
+        """Give the parts of a step names in the profiler's tables. Parts that an engine doesn't have are left out."""
+        from torch.profiler import record_function
+
+        core, runner = getattr(self.llm.llm_engine.engine_core, "engine_core", None), self.runner
+        places = [
+            *((getattr(core, "scheduler", None), name) for name in ("schedule", "update_from_output")),
+            *((runner, name) for name in RUNNER_PARTS),
+            (getattr(runner, "planner", None), "plan"),
+        ]
+        named = []
+        for owner, name in places:
+            function = getattr(owner, name, None)
+            if function is None:
+                continue
+
+            def marked(*args: Any, _name: str = name, _function: Any = function, **kwargs: Any) -> Any:
+                with record_function(PART + _name):
+                    return _function(*args, **kwargs)
+
+            before = vars(owner).get(name)
+            setattr(owner, name, marked)
+            named.append((owner, name, before))
+        try:
+            yield
+        finally:
+            for owner, name, before in named:
+                if before is None:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
 
     def _count_nodes(self) -> None:
         """Count the draft nodes that steps are prepared for. Costs about a microsecond per step.

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from vllm_lookahead.bench.methods import Method
+from vllm_lookahead.config import ConfigError
+from vllm_lookahead.contract import UnsupportedVLLMError
 from vllm_lookahead.demo.run import environment
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def engines(methods: Sequence[Method], settings: EngineSettings, say: Say) -> It
             say(f"starting {method.name}")
             begin = time.perf_counter()
             try:
-                ask = stack.enter_context(_process(method, settings, folder / f"{number}.log"))
+                ask = stack.enter_context(engine(method, settings, folder / f"{number}.log"))
                 entry["engine"] = ask("info")
                 entry["start_seconds"] = round(time.perf_counter() - begin, 2)
                 asks[method.name] = ask
@@ -103,8 +105,12 @@ def engines(methods: Sequence[Method], settings: EngineSettings, say: Say) -> It
 
 
 @contextmanager
-def _process(method: Method, settings: EngineSettings, log: Path) -> Iterator[Ask]:
-    """A process with an engine in it."""
+def engine(method: Method, settings: EngineSettings, log: Path) -> Iterator[Ask]:
+    """One engine, in a process of its own.
+
+    Raises:
+        EngineFailedError: it can't be started.
+    """
     pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (str(log),))
 
     def ask(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -158,6 +164,8 @@ def _told() -> Iterator[None]:
     """Any error as one that can be sent to another process; the log has all of it."""
     try:
         yield
+    except (ConfigError, UnsupportedVLLMError) as error:  # written for users
+        raise EngineFailedError(str(error)) from None
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         sys.stderr.flush()

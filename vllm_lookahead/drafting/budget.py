@@ -72,8 +72,13 @@ class StepCost:
         self.fit()
 
     def __str__(self) -> str:
-        times = ", ".join(f"{int(n)}: {t * 1e3:.2f}" for n, t in zip(self._sizes, self._forward, strict=True))
+        times = ", ".join(f"{size}: {seconds * 1e3:.2f}" for size, seconds in self.measured)
         return f"a forward pass in ms by tokens: {times}"
+
+    @property
+    def measured(self) -> list[tuple[int, float]]:
+        """Number of tokens and seconds of each forward pass that was timed at start-up."""
+        return [(int(size), float(seconds)) for size, seconds in zip(self._sizes, self._forward, strict=True)]
 
     def forward(self, tokens: int) -> float:
         """Start-up estimate of a forward pass over so many tokens, in seconds; beyond what was timed, in proportion."""

@@ -71,6 +71,7 @@ class LookaheadRunnerMixin(Base):
         self.input_batch.logitsprocs_need_output_token_ids = bool(custom)
         self.tree_sampler = TreeSampler(self.sampler)
         self.trees_verifiable = False
+        self.why_chains: str | None = None
         self.planner = Planner(self.drafter, FixedBudget(self.num_spec_tokens))
         self._timer = StepTimer(self._agree)
         # Without drafts, too: a separate branch needs the metadata that vLLM makes for drafters, and recurrent layers
@@ -141,11 +142,11 @@ class LookaheadRunnerMixin(Base):
         if budgets is not None:
             # its requests have no drafts; in speculative mode it would look for its rows among the other rows' drafts
             budgets.in_spec_mode = False
-        reason = self.tree_support()
+        reason = self.why_chains = self.tree_support()
         self.trees_verifiable = reason is None
         if reason is None:
             method = self.drafter.config.method
-            logger.info("[%s] verifies draft trees of up to %d nodes.", method, self._node_limit(1))
+            logger.info("[%s] verifies draft trees of up to %d nodes.", method, self.node_limit(1))
         else:
             logger.warning("[%s] falls back to draft chains: %s.", self.drafter.config.method, reason)
 
@@ -286,14 +287,14 @@ class LookaheadRunnerMixin(Base):
         req_ids = self.input_batch.req_ids[:rows]
         self.planner.observe(req_ids, sampled_token_ids, self._step, self._walks, self._argmax, self._top)
         self._step = self._walks = self._argmax = self._top = None
-        limit = self._node_limit(rows)
+        limit = self.node_limit(rows)
         if common is not None and self.drafter.proposer.separate_branch and self.trees_verifiable and limit > 0:
             self._run_branches(sampled_token_ids, common)
         asked = (row for row, sampled in enumerate(sampled_token_ids) if sampled)
         trees = self.planner.plan(req_ids, asked, self._propose_row, limit)
         return [[] if tree is None else tree.token_ids.tolist() for tree in trees]
 
-    def _node_limit(self, num_rows: int) -> int:
+    def node_limit(self, num_rows: int) -> int:
         """Most nodes per request, the window's included: what was asked for, as long as every row fits the scheduler's
         token budget.
         """

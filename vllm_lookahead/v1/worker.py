@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_lookahead.contract import check_contract
+from vllm_lookahead.drafting.report import DraftingReport
 from vllm_lookahead.temporary import replaced
 
 if TYPE_CHECKING:
@@ -37,3 +39,7 @@ class LookaheadWorkerMixin(Base):
         result = super().compile_or_warm_up_model()
         self.model_runner.prepare_drafting()
         return result
+
+    def drafting_report(self, batches: Sequence[int]) -> dict[str, Any]:
+        """How this worker drafts, for ``collective_rpc``; see ``DraftingReport.of``."""
+        return DraftingReport.of(self.model_runner, batches)

@@ -50,13 +50,14 @@ class LookaheadCUDARunner(LookaheadV2RunnerMixin, GPUModelRunner):
         with replaced(self, "decode_query_len", 1):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
 
-    def _node_limit(self, num_rows: int) -> int:
-        return min(super()._node_limit(num_rows), max(0, MOST_LOGITS // num_rows - 1))
+    def node_limit(self, num_rows: int) -> int:
+        """As ``LookaheadV2RunnerMixin.node_limit``; the logits have to fit, too."""
+        return min(super().node_limit(num_rows), max(0, MOST_LOGITS // num_rows - 1))
 
     def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
         """As vLLM's; then with as many logits as drafts can ask for, so that the KV cache leaves room for them."""
         super()._dummy_sampler_run(hidden_states)
-        drafts = self.max_num_reqs * self._node_limit(self.max_num_reqs)
+        drafts = self.max_num_reqs * self.node_limit(self.max_num_reqs)
         most = min(MOST_LOGITS, self.max_num_tokens, self.max_num_reqs + max(drafts, self.num_speculative_steps))
         with torch.inference_mode():
             self.model.compute_logits(torch.rand_like(hidden_states[:1]).repeat(most, 1)).argmax(dim=-1)

@@ -81,6 +81,7 @@ class LookaheadV2RunnerMixin(Base):
         self.planner = Planner(self.drafter, FixedBudget(self.num_speculative_steps))
         self.speculator = HostSpeculator(self.max_num_reqs, self.num_speculative_steps, device)
         self.trees_verifiable = False
+        self.why_chains: str | None = None
         self.step: StepTrees | None = None
         self._timer = StepTimer(self._agree)
         self._texts: dict[str, RequestText] = {}
@@ -144,11 +145,11 @@ class LookaheadV2RunnerMixin(Base):
     def initialize_kv_cache(self, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; then decide once whether this model's attention can verify trees."""
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        reason = self.tree_support()
+        reason = self.why_chains = self.tree_support()
         self.trees_verifiable = reason is None
         method = self.drafter.config.method
         if reason is None:
-            logger.info_once("[%s] verifies draft trees of up to %d nodes.", method, self._node_limit(1))
+            logger.info_once("[%s] verifies draft trees of up to %d nodes.", method, self.node_limit(1))
         else:
             logger.warning_once("[%s] falls back to draft chains: %s.", method, reason)
 
@@ -362,7 +363,7 @@ class LookaheadV2RunnerMixin(Base):
             req_id = self._batch[row]
             return self._propose(req_id, limit if places is None else min(limit, places[req_id]))
 
-        limit = self._node_limit(len(self._batch))
+        limit = self.node_limit(len(self._batch))
         trees = self.planner.plan(self._batch, [rows[req_id] for req_id in asked], propose, limit)
         drafts = {
             req_id: tree.token_ids.tolist()
@@ -372,7 +373,7 @@ class LookaheadV2RunnerMixin(Base):
         self._chains = DraftTokenIds(list(drafts), [list(tokens) for tokens in drafts.values()]) if drafts else None
         return drafts
 
-    def _node_limit(self, num_rows: int) -> int:
+    def node_limit(self, num_rows: int) -> int:
         """Most nodes per request, the window's included."""
         budget = self.drafter.config.budget
         most = self.num_speculative_steps if budget == "auto" else budget
