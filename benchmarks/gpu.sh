@@ -4,7 +4,7 @@
 #   benchmarks/gpu.sh OUT [PART...]          on a GPU; without PARTs all of them, as far as the time goes
 #   benchmarks/gpu.sh --cpu OUT [PART...]    the same programs, tiny, on a machine without a GPU: do they run?
 #
-# PARTs: about, 8b, exactness, demo, kernels, sync, long, 1b. Each has a time limit, and leaves a log and JSON files in
+# PARTs: about, 8b, exactness, demo, kernels, sync, long, sizes, waits, 1b. Each has a time limit, and leaves a log and JSON files in
 # OUT, which is packed into OUT/all.tar.gz after every part. The end of the log is printed, and its first error. If a
 # part fails the others still run, and the status is 1. PYTHON: the interpreter. SECONDS_LEFT: for everything (530).
 set -uo pipefail
@@ -14,7 +14,7 @@ if [ "${1:-}" = --cpu ]; then cpu=--cpu patience=5; shift; fi
 if [ $# -lt 1 ]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift || exit 2
-parts=${*:-about 8b exactness demo kernels sync long 1b}
+parts=${*:-about 8b exactness demo kernels sync long sizes waits 1b}
 python=${PYTHON:-python3}
 failed=0
 
@@ -70,6 +70,18 @@ for part in $parts; do
     1b) step_cost 1b $small $context 1,4,16 ;;
     long) step_cost long $big $((8 * context)) 1,4 ;; # 16 don't fit
     sync) step_cost sync $big $context 1,4,16 '"async_scheduling": false' ;;
+    sizes)
+        "$python" benchmarks/gpu.py shape $big "$out/$big"
+        for method in stock prompt_lookup; do
+            limited "sizes-$method" 60 "$python" benchmarks/gpu.py sizes $cpu "$method" "$out/$big"
+        done
+        ;;
+    waits) # where the host waits for the device: vLLM has torch warn of each
+        export VLLM_GPU_SYNC_CHECK=warn
+        limited waits 60 "$python" benchmarks/gpu.py outputs $cpu prompt_lookup "$out/outputs-waits.json"
+        unset VLLM_GPU_SYNC_CHECK
+        grep -A 1 -i 'synchroniz' "$out/waits.log" | sort | uniq -c | sort -rn | head -n 20
+        ;;
     exactness)
         for method in stock prompt_lookup lookahead; do
             limited "outputs-$method" 90 "$python" benchmarks/gpu.py outputs $cpu "$method" "$out/outputs-$method.json"

@@ -317,8 +317,9 @@ def test_junk_is_what_was_asked_for() -> None:
 def test_served_table() -> None:
     def served(server: str, number: int, speed: float, *texts: str, **more: float) -> dict[str, Any]:
         latency = {f"{place}_{what}_ms": 10.0 for what in ("ttft", "tpot") for place in ("median", "p99")}
+        latency["median_tpot_ms"] = 5.0 if server == "ours" else 10.0
         return {
-            **{"server": server, "round": number, "output_throughput": speed, "failed": 1},
+            **{"server": server, "round": number, "rate": "4", "output_throughput": speed, "failed": 1},
             **{"generated_texts": list(texts), **latency, **more},
         }
 
@@ -327,8 +328,11 @@ def test_served_table() -> None:
         *(served("ours", 1, 100.0, "a", "b", spec_decode_acceptance_length=2.5), served("stock", 1, 25.0, "a", "b")),
     ]
     stock, ours = serve.table(found).rows
-    assert stock == ["stock", "62 (25 - 100)", "1.000 (1.000 - 1.000)", *["10.0"] * 4, "-", "2", "-"]
-    assert ours[1:3] == ["150 (100 - 200)", "3.000 (2.000 - 4.000)"]
+    one = "1.000 (1.000 - 1.000)"
+    assert stock[:6] == ["stock", "4", "62 (25 - 100)", one, "10.0", "10.0"]
+    assert stock[6:] == ["10.0", one, "10.0", one, "-", "2", "-"]
+    assert ours[2:4] == ["150 (100 - 200)", "3.000 (2.000 - 4.000)"]
+    assert ours[6:10] == ["5.0", "2.000 (2.000 - 2.000)", "10.0", one], "half the time is twice as good"
     assert ours[-3:] == ["2.50 (2.50 - 2.50)", "2", "3 of 4"]
 
 
@@ -375,6 +379,7 @@ def test_run_is_the_default_command() -> None:
         ["--engine", "{"],
         ["--temperature", "-1"],
         ["serve", "--url", "http://localhost:1"],
+        ["serve", "--url", "a=http://localhost:1", "--rates", "1,x"],
         ["show", os.devnull],
     ],
 )

@@ -169,12 +169,15 @@ def serve(
     options: typer.Context,
     url: Annotated[list[str], typer.Option(help="A running server, NAME=http://HOST:PORT. The first is the baseline.")],
     prompts: Prompts = "demo",
+    rates: Annotated[
+        str, typer.Option(help="Requests per second, several numbers, and inf for all at once: each is measured.")
+    ] = "",
     rounds: Rounds = 3,
     out: Out = Path("out/bench-serve.json"),
 ) -> None:
     """Several running servers in turns, driven by ``vllm bench serve``, which gets all other options.
 
-    For example --request-rate 4 --num-prompts 32 --sharegpt-output-len 128 --temperature 0 --ignore-eos.
+    For example --rates 1,4,inf --num-prompts 32 --sharegpt-output-len 128 --temperature 0 --ignore-eos.
     """
     from vllm_lookahead.bench import serve as serving
     from vllm_lookahead.bench.prompts import read_prompts
@@ -185,8 +188,9 @@ def serve(
         if not equals or not address.startswith("http"):
             raise typer.BadParameter(f"{text!r}: must be NAME=http://HOST:PORT", param_hint="--url")
         servers[name] = address
+    chosen = [f"{rate:g}" for rate in _numbers(rates, "--rates", float, least=0)] if rates else []
     with _benchmark("serve", out) as (say, finish):
-        found = serving.drive(servers, read_prompts(prompts), options.args, rounds, say)
+        found = serving.drive(servers, read_prompts(prompts), options.args, rounds, say, chosen)
         finish(serving.table(found), results=found)
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -22,7 +23,12 @@ class ServerError(RuntimeError):
 
 
 def drive(
-    servers: Mapping[str, str], prompts: Sequence[Prompt], options: Sequence[str], rounds: int, say: Say
+    servers: Mapping[str, str],
+    prompts: Sequence[Prompt],
+    options: Sequence[str],
+    rounds: int,
+    say: Say,
+    rates: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Let the servers take turns.
 
@@ -33,9 +39,10 @@ def drive(
         options: further options of ``vllm bench serve``.
         rounds: how often.
         say: is told before each measurement.
+        rates: values for ``--request-rate``; each is measured in every round. Empty: what the options say.
 
     Returns:
-        What ``vllm bench serve`` wrote each time, with ``server`` and ``round``.
+        What ``vllm bench serve`` wrote each time, with ``server``, ``rate`` and ``round``.
 
     Raises:
         ServerError: it failed.
@@ -47,59 +54,78 @@ def drive(
         dataset.write_text(json.dumps([{"conversations": conversation} for conversation in turns]))
         given = any(option.split("=")[0] == "--dataset-name" for option in options)
         ours = [] if given else ["--dataset-name", "sharegpt", "--dataset-path", str(dataset)]
-        for number in range(rounds):
+        for number, rate in product(range(rounds), rates or ("",)):
+            at_rate = ["--request-rate", rate] if rate else []
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                say(f"round {number + 1} of {rounds}, {name}")
+                say(f"round {number + 1} of {rounds}, {f'{rate} requests/s, ' if rate else ''}{name}")
                 command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
                 command += ["--base-url", servers[name], "--save-result", "--save-detailed", "--disable-tqdm"]
-                command += ["--result-dir", folder, "--result-filename", result.name, *ours, *options]
+                command += ["--result-dir", folder, "--result-filename", result.name, *ours, *options, *at_rate]
                 done = subprocess.run(command, capture_output=True, text=True, env=environment(stock=True))
                 if done.returncode:
                     raise ServerError(f"vllm bench serve against {name}:\n{(done.stdout + done.stderr)[-2000:]}")
-                found.append({"server": name, "round": number, **json.loads(result.read_text())})
+                found.append({"server": name, "round": number, "rate": rate, **json.loads(result.read_text())})
                 result.unlink()
     return found
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each server; ratios to the first one, round by round."""
+    """A row for each rate and server; ratios to the first server, round by round, all of them the higher the better."""
     result = Table(
         "servers, by vllm bench serve",
         [
-            *("server", "tokens/s", "ratio", "TTFT p50", "p99, ms", "TPOT p50", "p99, ms", "tokens/step"),
-            *("failed", "identical"),
+            *(
+                "server",
+                "rate",
+                "tokens/s",
+                "ratio",
+                "TTFT p50",
+                "p99, ms",
+                "TPOT p50, ms",
+                "ratio",
+                "p99, ms",
+                "ratio",
+            ),
+            *("tokens/step", "failed", "identical"),
         ],
         notes=[
-            "medians (min - max) of the rounds; TTFT: time to the first token; TPOT: time per token after it",
+            "medians (min - max) of the rounds; TTFT: time to the first token; TPOT: time per token after it; ratios: "
+            "above 1 is faster than the first server",
             "tokens/step: of steps that verified drafts, by the server's counters; identical: texts equal to the "
             "first server's (at a temperature, give the requests a seed: --extra-body '{\"seed\": 1}')",
         ],
     )
     names = list(dict.fromkeys(r["server"] for r in found))
-    rounds = {name: sorted((r for r in found if r["server"] == name), key=lambda r: r["round"]) for name in names}
-    first = rounds[names[0]]
-    for name, own in rounds.items():
-        texts = [
-            a == b
-            for mine, theirs in zip(own, first, strict=True)
-            for a, b in zip(mine["generated_texts"], theirs["generated_texts"], strict=True)
-        ]
-        lengths = [r["spec_decode_acceptance_length"] for r in own if "spec_decode_acceptance_length" in r]
-        result.rows.append(
-            [
-                name,
-                spread([r["output_throughput"] for r in own], ".0f"),
-                spread(
-                    [a["output_throughput"] / b["output_throughput"] for a, b in zip(own, first, strict=True)], ".3f"
-                ),
-                *(
-                    f"{median(r[f'{place}_{what}_ms'] for r in own):.1f}"
-                    for what in ("ttft", "tpot")
-                    for place in ("median", "p99")
-                ),
-                spread(lengths, ".2f"),
-                str(sum(r["failed"] for r in own)),
-                "-" if name == names[0] else f"{sum(texts)} of {len(texts)}",
-            ]
-        )
+    for rate in dict.fromkeys(r["rate"] for r in found):
+        rounds = {
+            name: sorted((r for r in found if (r["server"], r["rate"]) == (name, rate)), key=lambda r: r["round"])
+            for name in names
+        }
+        for name, own in rounds.items():
+            result.rows.append([name, rate or "-", *_cells(own, rounds[names[0]], first_row=name == names[0])])
     return result
+
+
+def _cells(own: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], *, first_row: bool) -> list[str]:
+    """What the table says of one server at one rate, next to the first one."""
+    pairs = list(zip(own, first, strict=True))
+    texts = [
+        a == b for mine, other in pairs for a, b in zip(mine["generated_texts"], other["generated_texts"], strict=True)
+    ]
+    lengths = [r["spec_decode_acceptance_length"] for r in own if "spec_decode_acceptance_length" in r]
+
+    def middle(name: str) -> str:
+        return f"{median(r[name] for r in own):.1f}"
+
+    def ratio(name: str) -> str:  # of times: the lower the better
+        return spread([other[name] / mine[name] for mine, other in pairs if mine[name]], ".3f")
+
+    return [
+        spread([r["output_throughput"] for r in own], ".0f"),
+        spread([mine["output_throughput"] / other["output_throughput"] for mine, other in pairs], ".3f"),
+        *(middle("median_ttft_ms"), middle("p99_ttft_ms")),
+        *(middle("median_tpot_ms"), ratio("median_tpot_ms"), middle("p99_tpot_ms"), ratio("p99_tpot_ms")),
+        spread(lengths, ".2f"),
+        str(sum(r["failed"] for r in own)),
+        "-" if first_row else f"{sum(texts)} of {len(texts)}",
+    ]
