@@ -19,7 +19,7 @@ from vllm_lookahead.batch.blocks import ERROR, KEY, LINE, ROW, to_result
 from vllm_lookahead.batch.folder import Folder, FolderError
 from vllm_lookahead.batch.results import Results
 from vllm_lookahead.batch.rows import RESULT_FIELDS, InputError, read_rows, row_key, take_input, to_line
-from vllm_lookahead.batch.run import reason, usual_block
+from vllm_lookahead.batch.run import reason, root_cause, usual_block
 from vllm_lookahead.batch.settings import SAMPLE, Settings, differences, digest
 from vllm_lookahead.cli import app
 from vllm_lookahead.config import ConfigError
@@ -384,6 +384,20 @@ def test_ray_is_imported_by_nothing_else() -> None:
 )
 def test_usual_block(rows: int, replicas: int, block: int) -> None:
     assert usual_block(rows, replicas) == block
+
+
+def test_why_an_engine_did_not_start_is_found_in_the_log(tmp_path: Path) -> None:
+    log, heard = tmp_path / "job.log", "RuntimeError: Engine core initialization failed. See root cause above."
+    log.write_text(
+        "(EngineCore pid=1) ERROR 11-27 13:49:35 [core.py:1510] ValueError: of an earlier run\n"
+        "(EngineCore pid=7) ERROR 11-27 13:50:42 [core.py:1510] Traceback (most recent call last):\n"
+        "(EngineCore pid=7) ERROR 11-27 13:50:42 [core.py:1510] ValueError: No available memory for the cache.\n"
+        f"(MapWorker pid=2) {heard}\n"
+    )
+    assert root_cause(heard, log) == "ValueError: No available memory for the cache."
+    assert root_cause("OSError: no such model", log) == "OSError: no such model"
+    log.write_text("nothing\n")
+    assert root_cause(heard, log) == heard
 
 
 def test_reason_is_one_line() -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from vllm_lookahead.demo.run import check_method
 
 SECONDS = 1.0
 """Between two looks at what is done."""
+ENGINE_ERROR = re.compile(r"ERROR [^]\n]*\] ((?:\w+\.)*\w*(?:Error|Exception): [^\n]*)")
+"""How vLLM logs an error that ends an engine core."""
 
 
 class BatchError(RuntimeError):
@@ -143,7 +146,7 @@ def work(console: Console, settings: Settings, rows: Input, folder: Folder, plan
             pipeline.run(settings, rows, folder, pipeline.Cluster(replicas, resources, block_rows))
     except Exception as error:  # whatever it is, what was written until then stays
         raise BatchError(
-            f"the job broke off: {reason(error)} ({folder.log} says more)\n"
+            f"the job broke off: {root_cause(reason(error), folder.log)} ({folder.log} says more)\n"
             f"{results.done} rows are done; the same command goes on from there"
         ) from error
     finally:
@@ -163,6 +166,14 @@ def reason(error: Exception) -> str:
     """What went wrong, in one line. Ray puts a traceback into the message; its last line is what counts."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {''.join(lines)}"
+
+
+def root_cause(heard: str, log: Path) -> str:
+    """Why an engine didn't start, from the log: what Ray hears of is only the error that follows from it."""
+    if "root cause" not in heard:
+        return heard
+    found = ENGINE_ERROR.findall(log.read_text(errors="replace"))
+    return found[-1] if found else heard
 
 
 @contextmanager
