@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster import Cluster, kill, wait_until
+from cluster import Cluster, kill, running, wait_until
 from jobs import ENGINE, ROWS, SAMPLING
 from openai import OpenAI, OpenAIError
 
@@ -23,6 +23,13 @@ pytestmark = pytest.mark.ray
 
 CONFIG = Path(__file__).parents[2] / "configs" / "ray-serve.yaml"
 PORT = 8127
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A machine of two cores: what the file asks for has to fit."""
+    with running(cpus=2) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
