@@ -60,12 +60,12 @@ def ours(demo_model: str, method: dict[str, Any], in_process: None) -> Iterator[
 
 @pytest.fixture(scope="package")
 def reference(stock: LLM, encode: Encode) -> Callable[[Case], list[RequestOutput]]:
-    """What stock vLLM makes of a case, every request alone. Each case runs once."""
+    """What stock vLLM makes of a case, eight requests at a time. Each case runs once."""
     known: dict[str, list[RequestOutput]] = {}
 
     def outputs(case: Case) -> list[RequestOutput]:
         if case.name not in known:
-            known[case.name] = run(stock, case.requests(encode))
+            known[case.name] = run(stock, case.requests(encode), in_flight=8)
         return known[case.name]
 
     return outputs
