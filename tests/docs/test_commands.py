@@ -68,7 +68,9 @@ def test_data(piece: Piece) -> None:
     """It is what it says it is, and some command of the document reads it."""
     assert all(isinstance(json.loads(line), dict) for line in piece.text.splitlines())
     assert piece.title
-    others = [other.text for other in all_pieces() if other.document == piece.document and other.kind.startswith("bash")]
+    others = [
+        other.text for other in all_pieces() if other.document == piece.document and other.kind.startswith("bash")
+    ]
     assert any(piece.title in text for text in others)
 
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from vllm.v1.metrics import loggers
 from vllm.v1.spec_decode import metrics as spec_decode
 
-from docs.blocks import DOCUMENTS, ROOT, Piece, pieces
+from docs.blocks import DOCUMENTS, Piece, pieces
+from docs.dashboard import DASHBOARD, METRIC, queries
 from vllm_lookahead.metrics import COUNTERS
-
-DASHBOARD = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
-METRIC = re.compile(r"vllm:\w+")
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +40,6 @@ def series(maker: str, name: str) -> set[str]:
             return {f"{name}_{part}" for part in ("bucket", "count", "sum")}
         case _:
             return {name}
-
-
-def queries(value: Any) -> list[str]:
-    """The PromQL of everything in a dashboard."""
-    if isinstance(value, list):
-        return [query for part in value for query in queries(part)]
-    if not isinstance(value, dict):
-        return []
-    own = [value[key] for key in ("expr", "query", "definition") if isinstance(value.get(key), str)]
-    return own + [query for part in value.values() for query in queries(part)]
 
 
 def test_metrics_of_the_dashboard_exist(exposed: set[str]) -> None:

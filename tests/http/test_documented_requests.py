@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from serving import Server
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from docs.blocks import Piece, pieces
-from docs.test_dashboard import DASHBOARD, METRIC, queries
+from docs.dashboard import DASHBOARD, METRIC, queries
+from serving import Server
 
 HERE = "http://localhost:8000"
 

@@ -246,7 +246,8 @@ def test_spec_decode_metrics_move(server: Server, ours: OpenAI) -> None:
     assert by_source == {name: moved[name] for name in by_source}
     # the formula of docs/operations.md: alone, a request has as many steps as the engine
     generated, steps = (
-        after[f"vllm:{key}"] - before[f"vllm:{key}"] for key in ("generation_tokens_total", "iteration_tokens_total_count")
+        after[f"vllm:{key}"] - before[f"vllm:{key}"]
+        for key in ("generation_tokens_total", "iteration_tokens_total_count")
     )
     assert generated - moved["accepted_tokens"] == steps
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from cluster import TIMEOUT, Cluster
-from jobs import ENGINE, lines, log
-
 from docs.blocks import Piece, pieces, write_files
+from jobs import ENGINE, lines, log
 
 pytestmark = pytest.mark.ray
 

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster, kill, wait_until
+from docs.blocks import pieces
 from jobs import ENGINE, ROWS, SAMPLING
 from openai import OpenAI, OpenAIError
-
-from docs.blocks import pieces
 
 pytestmark = pytest.mark.ray
 
