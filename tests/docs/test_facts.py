@@ -120,3 +120,13 @@ def test_figures_of_the_budget() -> None:
     numbers = {4: "four", 8: "eighth", 16: "sixteen"}
     assert f"One step in {numbers[timing.TIME_EVERY]}, later one in {numbers[timing.TIME_EVERY_LATER]}," in told
     assert f"down to every {numbers[policy.LONGEST_REST]} step" in told
+
+
+def test_log_lines() -> None:
+    """Those that are quoted are what the code prints, but for figures and names."""
+    source = "\n".join(path.read_text() for path in (ROOT / "vllm_lookahead").rglob("*.py"))
+    quoted = re.findall(r"`(\[prompt_lookup\] [^`]+|Proposer [^`]+)`", OPERATIONS)
+    assert len(quoted) >= 6
+    for line in quoted:
+        parts = re.split(r"\[prompt_lookup\]|'prompt_lookup'|\d+|\.\.\.|;", line)
+        assert all(part.strip() in source for part in parts), line
