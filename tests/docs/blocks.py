@@ -73,7 +73,7 @@ class Piece(NamedTuple):
         Args:
             replaced: words that stand for others, such as MODEL.
         """
-        words = shlex.split(self.text, comments=True)
+        words = shlex.split(self.text.replace("\\\n", " "), comments=True)
         return [replaced.get(word, word) for word in [words[0].removeprefix(BIN), *words[1:]]]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.blocks import DOCUMENTS, FENCE, NOT_RUN, ROOT, RUN_BY, all_pieces, commands, pieces
+from docs.blocks import DOCUMENTS, FENCE, NOT_RUN, ROOT, RUN_BY, Piece, all_pieces, commands, pieces
 
 
 def test_every_block_is_run_by_a_test() -> None:
@@ -37,5 +37,7 @@ def test_no_code_outside_of_blocks(document: Path) -> None:
 def test_a_block_is_taken_apart_into_commands() -> None:
     body = "# nothing\na 'b\nc' \\\n    d  # e\n\nf\n"
     assert list(commands(body)) == ["a 'b\nc' \\\n    d  # e", "f"]
+    first, _ = (Piece(ROOT, 0, "", command) for command in commands(body))
+    assert first.words(b="B", d="D") == ["a", "b\nc", "D"]
     with pytest.raises(ValueError, match="doesn't end"):
         list(commands("a 'b\n"))

@@ -24,10 +24,13 @@ def test_batch(piece: Piece, cluster: Cluster, demo_model: str, tmp_path: Path) 
     if "--engine" not in words:  # vLLM would take this machine's whole memory
         words += ["--engine", json.dumps(ENGINE)]
     assert program == "vllm-lookahead"
+    environment = {**cluster.environment}
+    if "MODEL" not in piece.words():
+        del environment["RAY_ADDRESS"]  # the job on one machine starts Ray by itself
     done = subprocess.run(
         [sys.executable, "-m", "vllm_lookahead.cli", command, source, target, *words],
         cwd=tmp_path,
-        env=cluster.environment,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
