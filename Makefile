@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 PACKAGES := vllm_lookahead proposers
-SOURCES := $(PACKAGES) tests benchmarks tools
+SOURCES := $(PACKAGES) tests benchmarks tools examples
 ARGS ?=
 # the first interpreter that is new enough
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \

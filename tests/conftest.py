@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -30,6 +31,20 @@ def demo_model() -> str:
     folder = Path(os.environ.get(MODEL_VARIABLE, bundled))
     assert (folder / "model.safetensors").exists(), f"{folder} holds no model; set {MODEL_VARIABLE} to one"
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def parser() -> Any:
+    """The parser of ``vllm serve``, as vLLM builds it."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_lookahead import plugin
+
+    plugin.register()
+    root = FlexibleArgumentParser(prog="vllm")
+    make_arg_parser(root.add_subparsers(dest="subparser").add_parser("serve"))
+    return root
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -64,7 +64,7 @@ class Refusal(NamedTuple):
     """One row of the table.
 
     Attributes:
-        feature: a short name, also used by the README's table.
+        feature: a short name, also used in docs/compatibility.md.
         applies: whether the setup uses the feature.
         message: what the user should know and do; follows "[method] ".
     """

@@ -244,6 +244,12 @@ def test_spec_decode_metrics_move(server: Server, ours: OpenAI) -> None:
         for key in [f"vllm:spec_decode_num_{name}_by_source_total"]
     }
     assert by_source == {name: moved[name] for name in by_source}
+    # the formula of docs/operations.md: alone, a request has as many steps as the engine
+    generated, steps = (
+        after[f"vllm:{key}"] - before[f"vllm:{key}"]
+        for key in ("generation_tokens_total", "iteration_tokens_total_count")
+    )
+    assert generated - moved["accepted_tokens"] == steps
 
 
 def test_predictions_are_counted_as_a_source(stock: OpenAI, ours: OpenAI, server: Server) -> None:

@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_preset_with_defaults(demo_model: str, logs: Path) -> None:
-    """As the README says: nothing but the preset, so compiled and in the model's own dtype."""
+    """As docs/options.md says: nothing but the preset, so compiled and in the model's own dtype."""
     preset = str(CONFIGS / "lookahead-cpu.yaml")
     with serving(demo_model, logs / "preset.log", "--config", preset) as server:
         server.wait_until_ready()

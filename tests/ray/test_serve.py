@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster import Cluster, kill, running, wait_until
+from docs.blocks import pieces
 from jobs import ENGINE, ROWS, SAMPLING
 from openai import OpenAI, OpenAIError
 
@@ -34,7 +35,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def served(cluster: Cluster, demo_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The shipped file, with small engines and another port; yields what ``serve run`` printed."""
+    """The shipped file, with small engines and another port, by the documents' command; yields what it printed."""
     folder = tmp_path_factory.mktemp("serve")
     config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
     config["http_options"] = {"host": "127.0.0.1", "port": PORT}
@@ -43,7 +44,10 @@ def served(cluster: Cluster, demo_model: str, tmp_path_factory: pytest.TempPathF
     llm["engine_kwargs"].update(ENGINE)
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
     log = folder / "serve.log"
-    command = [str(Path(sys.executable).parent / "serve"), "run", str(folder / "serve.yaml")]
+    (piece,) = pieces("bash serve run")
+    serve, *words = piece.words(**{"configs/ray-serve.yaml": str(folder / "serve.yaml")})
+    command = [str(Path(sys.executable).parent / serve), *words]
+    assert command[-1] == str(folder / "serve.yaml")
     with log.open("w") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=cluster.environment

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_lookahead import plugin
@@ -17,14 +16,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 PRESETS = sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "ray-serve.yaml"})  # tests/ray serves that one
 
 PAPER = {"lookahead-7b": (15, 5, 15), "lookahead-13b": (10, 5, 10), "lookahead-34b": (7, 5, 7)}
-
-
-@pytest.fixture(scope="module")
-def parser() -> FlexibleArgumentParser:
-    plugin.register()
-    root = FlexibleArgumentParser(prog="vllm")
-    make_arg_parser(root.add_subparsers(dest="subparser").add_parser("serve"))
-    return root
 
 
 def load(parser: FlexibleArgumentParser, model: str, preset: Path) -> tuple[LookaheadConfig, AsyncEngineArgs]:

@@ -17,7 +17,6 @@ import pytest
 from vllm import envs
 from vllm.config.speculative import NgramGPUTypes
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import SamplingParams
@@ -29,15 +28,6 @@ from vllm_lookahead import plugin, support, wrappers
 from vllm_lookahead.config import KEY, ConfigError, LookaheadConfig
 
 WORKER = plugin.WORKERS["cpu", "v1"]
-
-
-@pytest.fixture(scope="module")
-def parser() -> FlexibleArgumentParser:
-    """The parser of ``vllm serve``, as vLLM builds it."""
-    plugin.register()
-    root = FlexibleArgumentParser(prog="vllm")
-    make_arg_parser(root.add_subparsers(dest="subparser").add_parser("serve"))
-    return root
 
 
 @pytest.fixture

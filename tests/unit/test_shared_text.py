@@ -141,10 +141,10 @@ def test_ten_thousand_requests_leave_memory_flat() -> None:
     assert after - before < 100_000
 
 
-def test_memory_per_remembered_token_is_what_the_readme_says() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+def test_memory_per_remembered_token_is_what_the_documents_say() -> None:
+    options = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
     said = re.search(
-        r"about (\d+) bytes of the worker's memory for each \((\d+) MiB by default\)", " ".join(readme.split())
+        r"about (\d+) bytes of the worker's memory for each \((\d+) MiB by default\)", " ".join(options.split())
     )
     assert said is not None
     default = PromptLookupOptions().shared_tokens
