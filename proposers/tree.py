@@ -9,6 +9,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from proposers.numba_cache import CACHE
+
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
@@ -226,7 +228,7 @@ def merge(guesses: Iterable[Iterable[int]], budget: int) -> DraftTree:
     return builder.build()
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _depths(parents: IntArray) -> IntArray:
     depths = np.empty(len(parents), np.int32)
     for node in range(len(parents)):
@@ -236,7 +238,7 @@ def _depths(parents: IntArray) -> IntArray:
     return depths
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _up_to(parents: IntArray, depths: IntArray, guesses: int, depth: int) -> tuple[IntArray, IntArray]:
     """The nodes that ``DraftTree.up_to`` keeps, and what their parents' indices become."""
     kept = np.empty(len(parents), np.int32)
@@ -253,7 +255,7 @@ def _up_to(parents: IntArray, depths: IntArray, guesses: int, depth: int) -> tup
     return kept[:count], new_parents[:count]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _fill_ancestor_mask(parents: IntArray, mask: BoolArray) -> None:
     for node in range(len(parents)):
         parent = parents[node]
@@ -262,7 +264,7 @@ def _fill_ancestor_mask(parents: IntArray, mask: BoolArray) -> None:
         mask[node, node] = True
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _first_path(parents: IntArray) -> IntArray:
     path = np.empty(len(parents), np.int32)
     length = 0

@@ -175,6 +175,7 @@ def _prepare(
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
+    from proposers.numba_cache import PROBLEM
     from vllm_lookahead.front_end import wrap_front_end
     from vllm_lookahead.metrics import publish
     from vllm_lookahead.support import Setup, check_support, fit_lora
@@ -193,6 +194,8 @@ def _prepare(
     if not engine_args.disable_log_stats:
         names = model_config.served_model_name
         publish(config.sources, names if isinstance(names, str) else names[0], parallel_config.data_parallel_size)
+    if PROBLEM is not None:
+        logger.warning("[%s] compiles its kernels at each start, since they can't be kept: %s", config.method, PROBLEM)
     if own_worker:
         parallel_config.worker_cls = WORKERS[setup.device, setup.runner]
     else:
