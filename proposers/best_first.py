@@ -35,6 +35,7 @@ from proposers.calibration import (
     learn,
     row_level,
 )
+from proposers.numba_cache import CACHE
 from proposers.recycled_tokens import TOP, find_recycled
 from proposers.text_index import (
     FOLLOWERS,
@@ -66,7 +67,7 @@ LENGTH, AGREEMENT, SOURCE = 0, 1, 2
 Scratch = tuple[Float64Array, Float64Array, Int64Array, Int64Array, Int64Array, NDArray[np.uint64]]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def make_scratch() -> Scratch:
     """What ``open_node`` works with: made once for a tree, since that takes as long as opening a node."""
     return (
@@ -79,7 +80,7 @@ def make_scratch() -> Scratch:
     )
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def open_node(
     history: IntArray,
     states: tuple[IntArray, IntArray, IntArray, IntArray],
@@ -272,7 +273,7 @@ def open_node(
     return count
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _add_copies(
     pool: bool,
     order: IntArray,
@@ -335,7 +336,7 @@ def _add_copies(
     return k, count, left
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def _find(children: IntArray, count: int, marks: IntArray, serial: int, token: int) -> int:
     """Which of the children carries this token, or -1."""
     mark = marks[token & (MARKS - 1)]
@@ -350,7 +351,7 @@ def _find(children: IntArray, count: int, marks: IntArray, serial: int, token: i
     return -1
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _keep(order: IntArray, low: int, high: int, tokens: IntArray, about: IntArray, depth: int, token: int) -> int:
     """Move the copies that go on with ``token`` to the front of their range; returns where they end."""
     end = low
@@ -364,7 +365,7 @@ def _keep(order: IntArray, low: int, high: int, tokens: IntArray, about: IntArra
     return end
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def grow_tree(
     context: IntArray,
     states: tuple[IntArray, IntArray, IntArray, IntArray],
@@ -557,7 +558,7 @@ def grow_tree(
         nodes += 1
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def learn_from(
     context: IntArray,
     length: int,

@@ -18,6 +18,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from proposers.numba_cache import CACHE
 from proposers.tree import IntArray
 
 Float64Array = NDArray[np.float64]
@@ -52,7 +53,7 @@ MOST = 0.995
 """No level is ever surer than this."""
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def knowledge(count: int, kinds: int) -> int:
     """How much a row knows that has seen ``count`` followers of so many kinds: 0 (nothing) to ``KNOWLEDGE`` - 1."""
     if count <= 1:
@@ -64,13 +65,13 @@ def knowledge(count: int, kinds: int) -> int:
     return 5 if count <= 16 else 6
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def row_level(n: int, source: int, own: int, others: int) -> int:
     """The kind of level that a row after ``n`` tokens is; ``own`` and ``others`` by ``knowledge``."""
     return ((min(n, LENGTHS) - 1) * TEXTS + source) * KNOWLEDGE * KNOWLEDGE + own * KNOWLEDGE + others
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def agreement_class(agreement: int) -> int:
     """0 to ``AGREEMENTS`` - 1, by how many tokens before a copy agree."""
     if agreement <= 4:
@@ -92,7 +93,7 @@ def agreement_class(agreement: int) -> int:
     return 12 if agreement <= 128 else 13
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def copy_level(source: int, agreement: int, several: int) -> int:
     """The kind of level that copies are.
 
@@ -104,7 +105,7 @@ def copy_level(source: int, agreement: int, several: int) -> int:
     return COPIES + (source * AGREEMENTS + agreement) * 3 + several
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def source_of(level: int) -> int:
     """The source that a kind of level belongs to."""
     if level >= RANKS:
@@ -170,7 +171,7 @@ class Calibration:
         return np.full((2, len(SOURCES)), REQUEST_WEIGHT)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def chance(engine: Float64Array, request: Float64Array, level: int) -> float:
     """The chance that a level of this kind holds in this request.
 
@@ -184,7 +185,7 @@ def chance(engine: Float64Array, request: Float64Array, level: int) -> float:
     return min(MOST, engine[HELD, level] / engine[SEEN, level] * ratio)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def learn(
     engine: Float64Array, request: Float64Array, tokens: IntArray, levels: IntArray, count: int, token: int
 ) -> None:

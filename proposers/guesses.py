@@ -30,6 +30,7 @@ from proposers.calibration import (
     agreement_class,
     source_of,
 )
+from proposers.numba_cache import CACHE
 from proposers.recycled_tokens import RecycledTokens, note, recycle
 from proposers.shared_text import SharedText, write
 from proposers.text_index import NO_INDEX, NOBODY, TOKENS, allocate, extend, find_places, next_place
@@ -210,7 +211,7 @@ def predicted_text(prompt: IntArray, prediction: IntArray, order: int) -> IntArr
     return state
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def next_tree(
     context: IntArray,
     pooled: IntArray,
@@ -299,7 +300,7 @@ def next_tree(
     )
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def sources_of(levels: IntArray) -> ByteArray:
     """uint8 [n]: the source that each kind of level (int32 [n]) belongs to."""
     sources = np.empty(len(levels), np.uint8)
@@ -308,7 +309,7 @@ def sources_of(levels: IntArray) -> ByteArray:
     return sources
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def find_copies(
     context: IntArray,
     states: tuple[IntArray, IntArray, IntArray, IntArray],

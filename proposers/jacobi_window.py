@@ -22,6 +22,7 @@ import numpy as np
 from numba import njit
 
 from proposers import ngram_pool
+from proposers.numba_cache import CACHE
 from proposers.tree import IntArray
 
 # The state: HEADER entries, then the levels and the tips, ``stride`` entries each.
@@ -64,19 +65,19 @@ def largest_comb(window_size: int, ngram_size: int) -> int:
     return max(trunk + (trunk + 1) * top for trunk, top in trunks)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def comb_size(state: IntArray) -> int:
     """Number of nodes of the whole comb now."""
     trunk = state[WINDOW] + state[NGRAM] - 3 - state[TOP]
     return trunk + (trunk + 1) * state[TOP]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _stride(window: int, ngram: int) -> int:
     return window + ngram - 2
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _draw(state: IntArray, context: IntArray) -> int:
     """A random token of the context: splitmix64 (Steele et al. 2014) in counter mode."""
     seed = np.uint64(np.uint32(state[SEED])) << np.uint64(32)
@@ -88,7 +89,7 @@ def _draw(state: IntArray, context: IntArray) -> int:
     return context[np.int64(x % np.uint64(len(context)))]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def advance(state: IntArray, pool: IntArray, context: IntArray, forward_one: bool) -> None:
     """Bring the window from the root that it stands on to the end of ``context``; nothing if it is there.
 
@@ -145,7 +146,7 @@ def advance(state: IntArray, pool: IntArray, context: IntArray, forward_one: boo
     state[STEPS] += 1
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _collect(state: IntArray, pool: IntArray, root: int) -> None:
     """Put the n-grams of the columns with known tips into the pool, column 0 first."""
     ngram = state[NGRAM]
@@ -157,7 +158,7 @@ def _collect(state: IntArray, pool: IntArray, root: int) -> None:
         ngram_pool.add(pool, root if column == 0 else state[HEADER + column - 1], gram)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def write_comb(state: IntArray, offset: int, budget: int, nodes: IntArray) -> int:
     """Write the comb as draft tree nodes, column by column, as many whole columns as ``budget`` nodes allow.
 
@@ -197,7 +198,7 @@ def write_comb(state: IntArray, offset: int, budget: int, nodes: IntArray) -> in
     return size
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def store_tips(state: IntArray, argmax: IntArray, offset: int, size: int) -> None:
     """Remember what the model said at the tips; ``advance`` will use it.
 

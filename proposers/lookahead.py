@@ -29,6 +29,7 @@ from proposers.corpus import open_index
 from proposers.guesses import NODES, Guesses, PromptLookupOptions, RequestGuesses, next_tree, sources_of
 from proposers.jacobi_window import STEPS, JacobiWindow, advance, comb_size, largest_comb, store_tips, write_comb
 from proposers.ngram_pool import NgramPool, gather_guesses
+from proposers.numba_cache import CACHE
 from proposers.registry import register
 from proposers.tree import ByteArray, DraftTree, IntArray
 
@@ -205,7 +206,7 @@ class LookaheadRequest(RequestProposer):
         return DraftTree(nodes[0], nodes[1], nodes[2], comb, chances, sources_of(nodes[3, :guessed]))
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _propose(
     pool: IntArray,
     window: IntArray,
@@ -243,7 +244,7 @@ def _propose(
     return guessed, comb, due
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _gained(sources: ByteArray, guesses: int, path: IntArray) -> int:
     """How many accepted nodes are, or hang from, a node that only the branch provided."""
     for depth in range(len(path)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from proposers.numba_cache import CACHE
 from proposers.tree import IntArray
 
 # The state: HEADER entries, then the hash table [2 ** bits] of row numbers (-1: free; linear probing, at most half
@@ -77,12 +78,12 @@ class NgramPool:
         return state
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _first_row(state: IntArray) -> int:
     return HEADER + (1 << state[BITS])
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _slot(state: IntArray, key: int) -> int:
     """Index in ``state`` of the hash table's entry for ``key``: its row number, or -1 where it would go."""
     bits = state[BITS]
@@ -96,14 +97,14 @@ def _slot(state: IntArray, key: int) -> int:
         slot = (slot + 1) & ((1 << bits) - 1)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _rehash(state: IntArray) -> None:
     size = ROW_HEADER + state[GUESSES] * state[LENGTH]
     for row in range(state[ROWS]):
         state[_slot(state, state[_first_row(state) + row * size])] = row
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def add(state: IntArray, key: int, gram: IntArray) -> None:
     """Make ``gram`` (int32 [N - 1]) the newest n-gram of ``key``. There must be room for one more key."""
     guesses = state[GUESSES]
@@ -142,7 +143,7 @@ def add(state: IntArray, key: int, gram: IntArray) -> None:
         state[end + k] = gram[k]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def extend(state: IntArray, context: IntArray) -> None:
     """Add the n-grams of ``context`` that end at or after the position where the last call stopped."""
     length = state[LENGTH]
@@ -151,7 +152,7 @@ def extend(state: IntArray, context: IntArray) -> None:
     state[INDEXED] = len(context)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def gather_guesses(state: IntArray, key: int, tokens: IntArray) -> int:
     """Write the n-grams of ``key``, newest first, to ``tokens`` (int32 [g, >= N - 1]); returns how many, at most g."""
     row_number = state[_slot(state, key)]

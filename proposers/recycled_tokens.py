@@ -15,6 +15,7 @@ from collections import OrderedDict
 import numpy as np
 from numba import njit
 
+from proposers.numba_cache import CACHE
 from proposers.text_index import extend_key, first_key
 from proposers.tree import IntArray
 
@@ -57,13 +58,13 @@ class RecycledTokens:
         return number
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def _first_way(state: IntArray, owner: int, token: int) -> int:
     mask = np.uint64(state.shape[0] // WAYS - 1)
     return int(WAYS * np.int64((extend_key(first_key(owner), token) >> np.uint64(32)) & mask))
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def find_recycled(state: IntArray, owner: int, token: int) -> int:
     """The row of a token, or -1."""
     first = _first_way(state, owner, token)
@@ -73,7 +74,7 @@ def find_recycled(state: IntArray, owner: int, token: int) -> int:
     return -1
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def recycle(state: IntArray, owner: int, tokens: IntArray, top: IntArray) -> None:
     """Write what the target model found likely; of a token that comes twice, the last counts.
 
@@ -96,7 +97,7 @@ def recycle(state: IntArray, owner: int, tokens: IntArray, top: IntArray) -> Non
         state[first, TOP:] = top[i]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def note(
     tokens: IntArray, top: IntArray, count: int, root: int, nodes: IntArray, said: IntArray, path: IntArray
 ) -> int:

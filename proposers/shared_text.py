@@ -14,6 +14,7 @@ from collections import OrderedDict
 import numpy as np
 from numba import njit
 
+from proposers.numba_cache import CACHE
 from proposers.text_index import (
     AFTER,
     BEFORE,
@@ -83,7 +84,7 @@ class SharedText:
         return np.array([-1, 0, start, start], np.int32)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def write(state: IntArray, writer: IntArray, owner: int, text: IntArray) -> None:
     """Add what a request's text (int32 [t]) has gained since its last call."""
     headers = np.int64(state[BLOCKS])

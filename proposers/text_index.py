@@ -21,6 +21,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from proposers.numba_cache import CACHE
 from proposers.tree import IntArray
 
 LONG = 12
@@ -93,7 +94,7 @@ NO_INDEX = np.zeros(HEADER, np.int32)
 """Stands where there is no index: it has no room and knows nothing."""
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _clear(state: IntArray) -> None:
     for row in range(1 << state[ROW_BITS]):
         state[state[ROWS] + row * ROW + OWNER] = NOBODY
@@ -103,19 +104,19 @@ def _clear(state: IntArray) -> None:
         state[places + state[CAPACITY] + (1 << state[PLACE_BITS]) + bucket] = -1
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def extend_key(key: np.uint64, token: int) -> np.uint64:
     """The hash of an n-gram with one more token before it; an n-gram's hash begins with ``first_key``."""
     return (key ^ np.uint64(token + 1)) * MULTIPLIER
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def first_key(owner: int) -> np.uint64:
     """The hash of the empty n-gram in a text of this owner's."""
     return np.uint64(owner + 1) * MULTIPLIER
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def row_key(key: np.uint64, n: int) -> np.uint64:
     """What an n-gram's row is found by."""
     mixed = (key ^ np.uint64(n)) * MULTIPLIER
@@ -138,7 +139,7 @@ def _prefetch(typing: Any, array: Any, at: Any) -> Any:
     return types.void(array, types.intp), emit
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def prefetch_row(state: IntArray, key: np.uint64) -> None:
     """``find_row`` will ask for this ``row_key`` soon."""
     at = np.int64(key >> np.uint64(64 - state[ROW_BITS]))
@@ -146,7 +147,7 @@ def prefetch_row(state: IntArray, key: np.uint64) -> None:
         _prefetch(state, np.int64(state[ROWS]) + (at ^ way) * ROW)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def find_row(state: IntArray, key: np.uint64, owner: int) -> int:
     """Where in ``state`` the row of a ``row_key`` begins, or -1; also if it has not been written for too long."""
     at = np.int64(key >> np.uint64(64 - state[ROW_BITS]))
@@ -160,12 +161,12 @@ def find_row(state: IntArray, key: np.uint64, owner: int) -> int:
     return -1
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def _age(state: IntArray, row: int) -> int:
     return int(np.int64(state[NOW]) - np.int64(state[row + STAMP])) & 0x7FFFFFFF
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _add_follower(state: IntArray, key: np.uint64, owner: int, token: int) -> None:
     """Count that ``token`` followed the n-gram of this ``row_key`` once more."""
     row = find_row(state, key, owner)
@@ -203,7 +204,7 @@ def _add_follower(state: IntArray, key: np.uint64, owner: int, token: int) -> No
     state[slot] = value
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def count_token(state: IntArray, text: IntArray, start: int, at: int, owner: int) -> None:
     """Count ``text[at]`` as what followed the up to ``ORDER - 1`` tokens before it, those before ``start`` excepted."""
     token = text[at]
@@ -215,7 +216,7 @@ def count_token(state: IntArray, text: IntArray, start: int, at: int, owner: int
         _add_follower(state, row_key(key, n), owner, token)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def _place_key(state: IntArray, text: IntArray, end: int, n: int, owner: int) -> int:
     """The bucket of the ``n`` tokens before ``end``."""
     key = first_key(owner)
@@ -224,7 +225,7 @@ def _place_key(state: IntArray, text: IntArray, end: int, n: int, owner: int) ->
     return int(key >> np.uint64(64 - state[PLACE_BITS]))
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def link_place(state: IntArray, text: IntArray, start: int, end: int, place: int, owner: int) -> None:
     """Note ``place`` as one where the tokens before ``end``, from ``start`` on, end."""
     heads = np.int64(state[PLACES])
@@ -241,7 +242,7 @@ def link_place(state: IntArray, text: IntArray, start: int, end: int, place: int
         heads += half
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def extend(state: IntArray, text: IntArray, end: int) -> None:
     """Take in a text (int32 [t]) up to ``end``, at most t - 1: its places before ``end`` and what follows each."""
     for at in range(state[INDEXED], end):
@@ -251,7 +252,7 @@ def extend(state: IntArray, text: IntArray, end: int) -> None:
     state[INDEXED] = max(int(state[INDEXED]), end)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def next_place(state: IntArray, place: int) -> int:
     """Where the token after the one at ``place`` lies in a text of blocks, or -1 where no more is known."""
     headers = np.int64(state[BLOCKS])
@@ -265,7 +266,7 @@ def next_place(state: IntArray, place: int) -> int:
     return after if after % BLOCK < state[headers + block * BLOCK_HEADER + FILLED] else -1
 
 
-@njit(cache=True, inline="always")
+@njit(cache=CACHE, inline="always")
 def _place_before(state: IntArray, place: int) -> int:
     """The place before ``place`` in a text of blocks, or -1 where it is not known any more."""
     if place % BLOCK:
@@ -278,7 +279,7 @@ def _place_before(state: IntArray, place: int) -> int:
     return before * BLOCK + BLOCK - 1
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def agreement(state: IntArray, text: IntArray, place: int, context: IntArray) -> int:
     """How many of the last tokens of ``context`` (int32 [t]) the text up to ``place`` ends with, ``MAX_COMPARED`` at
     most.
@@ -297,7 +298,7 @@ def agreement(state: IntArray, text: IntArray, place: int, context: IntArray) ->
     return length
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def find_places(
     state: IntArray, text: IntArray, context: IntArray, owner: int, steps: int, places: IntArray, matches: IntArray
 ) -> int:

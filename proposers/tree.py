@@ -9,6 +9,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from proposers.numba_cache import CACHE
+
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
@@ -265,7 +267,7 @@ def _expect(name: str, array: object, dtype: type, length: int) -> None:
         raise ValueError(f"{name} is {array.dtype} {array.shape}, expected {np.dtype(dtype)} ({length},)")
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _is_sound(
     token_ids: IntArray,
     parents: IntArray,
@@ -289,7 +291,7 @@ def _is_sound(
     return len(sources) == 0 or sources.max() < num_sources
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _depths(parents: IntArray) -> IntArray:
     depths = np.empty(len(parents), np.int32)
     for node in range(len(parents)):
@@ -299,7 +301,7 @@ def _depths(parents: IntArray) -> IntArray:
     return depths
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _up_to(parents: IntArray, depths: IntArray, guesses: int, depth: int) -> tuple[IntArray, IntArray]:
     """The nodes that ``DraftTree.up_to`` keeps, and what their parents' indices become."""
     kept = np.empty(len(parents), np.int32)
@@ -316,7 +318,7 @@ def _up_to(parents: IntArray, depths: IntArray, guesses: int, depth: int) -> tup
     return kept[:count], new_parents[:count]
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _fill_ancestor_mask(parents: IntArray, mask: BoolArray) -> None:
     for node in range(len(parents)):
         parent = parents[node]
@@ -325,7 +327,7 @@ def _fill_ancestor_mask(parents: IntArray, mask: BoolArray) -> None:
         mask[node, node] = True
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _first_path(parents: IntArray) -> IntArray:
     path = np.empty(len(parents), np.int32)
     length = 0

@@ -57,7 +57,9 @@ def index_of(corpus: str, tokenizer: Any, order: int, cache: Path, log: Any) -> 
         cache.mkdir(parents=True, exist_ok=True)
         write_index(tokens, path, order)
     except OSError as error:
-        raise ConfigError(f"corpus: its index can't be written to {cache}: {error.strerror}") from error
+        # numpy says how many items it wrote, not why they aren't more
+        why = error.strerror or f"no room left, or a limit on the size of files ({error})"
+        raise ConfigError(f"corpus: its index can't be written to {cache}: {why}") from error
     log.info("Corpus %s: %d tokens indexed in %.1f s: %s", corpus, len(tokens), time.monotonic() - begun, path)
     return path
 

@@ -27,14 +27,16 @@ def namespace_of(cache_salt: str | None, lora_request: Any) -> str:
     return hashlib.sha256(json.dumps([cache_salt or "", adapter]).encode()).hexdigest()
 
 
-def wrap_front_end(is_ours: Callable[[Any], bool]) -> None:
+def wrap_front_end(is_ours: Callable[[Any], bool], check: Callable[[Any], None]) -> None:
     """Let vLLM's front end write every request's namespace and prediction into its sampling parameters.
 
     Wraps ``InputProcessor.process_inputs`` (``vllm/v1/engine/input_processor.py``); vLLM has no hook that sees the
-    cache salt, the tokenizer and what is sent to the workers, short of a scheduler of our own.
+    cache salt, the tokenizer and what is sent to the workers, short of a scheduler of our own. And wraps its
+    ``__init__``, the first to see the engine's config when nobody changes it any more, and before an engine starts.
 
     Args:
         is_ours: whether a speculative config is this plugin's; other engines' requests stay as they are.
+        check: is called with each engine's config, and raises if the engine can't be started.
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
@@ -57,4 +59,13 @@ def wrap_front_end(is_ours: Callable[[Any], bool]) -> None:
 
         return wrapper
 
+    def with_check(init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def wrapper(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            check(vllm_config)
+            init(self, vllm_config, *args, **kwargs)
+
+        return wrapper
+
     wrappers.wrap(InputProcessor, "process_inputs", with_info)
+    wrappers.wrap(InputProcessor, "__init__", with_check)

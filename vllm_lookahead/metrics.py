@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,8 @@ from prometheus_client.values import MultiProcessValue
 
 from proposers import DraftTree
 from proposers.tree import IntArray
+
+logger = logging.getLogger(f"vllm.{__name__}")
 
 FILE = "VLLM_LOOKAHEAD_COUNTS"
 """Tells the workers, which inherit the front end's environment, where the file is."""
@@ -80,13 +84,32 @@ def publish(sources: Sequence[str], model: str, engines: int) -> None:
         _collector = SourceCollector()
         REGISTRY.register(_collector)
     names = (*sources, WINDOW)
-    handle, path = tempfile.mkstemp(prefix="vllm-lookahead-")
-    os.close(handle)
-    atexit.register(_remove, path, os.getpid())
-    os.environ[FILE] = path
-    _collector.counts = np.memmap(path, np.int64, "w+", shape=(engines, 2, len(names)))
+    os.environ.pop(FILE, None)
+    try:
+        counts = _new_file((engines, 2, len(names)))
+    except OSError as error:
+        logger.warning("No counters by source on /metrics: there is no room for their file: %s", error)
+        counts = np.zeros((0, 2, len(names)), np.int64)
+    _collector.counts = counts
     _collector.sources = names
     _collector.model = model
+
+
+def _new_file(shape: tuple[int, ...]) -> Counts:
+    """Map a new file of zeros, whose name workers find in ``FILE``.
+
+    Raises:
+        OSError: there is no room for it.
+    """
+    handle, path = tempfile.mkstemp(prefix="vllm-lookahead-")
+    atexit.register(_remove, path, os.getpid())
+    try:
+        # its blocks now: where they are missing when somebody counts, the kernel kills the process
+        os.posix_fallocate(handle, 0, np.dtype(np.int64).itemsize * math.prod(shape))
+    finally:
+        os.close(handle)
+    os.environ[FILE] = path
+    return np.memmap(path, np.int64, "r+", shape=shape)
 
 
 class SourceCounts:

@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from vllm_lookahead import wrappers
 from vllm_lookahead.config import KEY, ConfigError, LookaheadConfig, method_names, requested_method
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 DRAFTER = "vllm_lookahead.drafting.drafter.Drafter"
 """The class that vLLM's ``custom_class`` hook builds. As ``speculative_config.model`` it marks a config as ours."""
+CHAIN_DRAFTER = "vllm_lookahead.drafting.chain_drafter.ChainDrafter"
+"""The same, where somebody else's worker has vLLM verify its drafts."""
 
 WORKERS = {
     ("cpu", "v1"): "vllm_lookahead.v1.cpu_worker.CPULookaheadWorker",
@@ -62,7 +64,12 @@ def register() -> None:
 
 def is_ours(speculative_config: Any) -> bool:
     """Whether a ``vllm.config.SpeculativeConfig`` is one that this plugin made."""
-    return speculative_config is not None and getattr(speculative_config, "model", None) == DRAFTER
+    return getattr(speculative_config, "model", None) in (DRAFTER, CHAIN_DRAFTER)
+
+
+def runs_on_our_worker(speculative_config: Any) -> bool:
+    """Whether a ``vllm.config.SpeculativeConfig`` is one of ours that needs one of ``WORKERS``."""
+    return getattr(speculative_config, "model", None) == DRAFTER
 
 
 def _with_flags(add_cli_args: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,10 +110,7 @@ def _with_methods(create_speculative_config: Callable[..., Any]) -> Callable[...
                 model, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
                 carrier = _prepare(config, self, model, parallel)
         except (ConfigError, UnsupportedVLLMError) as error:
-            if not _command_line:
-                raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            _refuse(error)
         finally:
             guard()
         if config is None:
@@ -121,11 +125,11 @@ def _with_methods(create_speculative_config: Callable[..., Any]) -> Callable[...
 
 
 def _with_every_sampling_parameter(validate: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM refuses min_p and logit_bias next to speculative decoding; our verification supports both."""
+    """vLLM refuses min_p and logit_bias next to speculative decoding, which its verification ignores; ours doesn't."""
 
     @functools.wraps(validate)
     def wrapper(self: Any, speculative_config: Any) -> None:
-        if not is_ours(speculative_config):
+        if not runs_on_our_worker(speculative_config):
             validate(self, speculative_config)
 
     return wrapper
@@ -182,10 +186,12 @@ def _prepare(
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
+    from proposers.numba_cache import PROBLEM
     from vllm_lookahead.front_end import wrap_front_end
     from vllm_lookahead.metrics import publish
     from vllm_lookahead.support import Setup, check_support, fit_lora
 
+    logger = init_logger("vllm.vllm_lookahead")
     own_worker = parallel_config.worker_cls in ("auto", *WORKERS.values())
     setup = Setup(engine_args, model_config, parallel_config, current_platform, config.options, own_worker)
     check_support(config.method, setup)
@@ -193,14 +199,16 @@ def _prepare(
     config = _with_corpus(fit_lora(config, setup), model_config)
 
     engine_args.additional_config = _with_ours(engine_args.additional_config, config)
-    wrap_front_end(is_ours)
+    wrap_front_end(is_ours, check_worker)
     if not engine_args.disable_log_stats:
         names = model_config.served_model_name
         publish(config.sources, names if isinstance(names, str) else names[0], parallel_config.data_parallel_size)
+    if PROBLEM is not None:
+        logger.warning("[%s] compiles its kernels at each start, since they can't be kept: %s", config.method, PROBLEM)
     if own_worker:
         parallel_config.worker_cls = WORKERS[setup.device, setup.runner]
     else:
-        init_logger("vllm.vllm_lookahead").warning(
+        logger.warning(
             "[%s] keeps --worker-cls %s as asked: drafts are chains there, verified by vLLM's rejection sampler. "
             "Leave the option out to verify draft trees.",
             config.method,
@@ -224,6 +232,32 @@ def _with_ours(additional: Any, config: LookaheadConfig) -> dict[str, Any]:
             "--speculative-config alone. Use another key"
         )
     return {**additional, **config.to_additional_config()}
+
+
+def check_worker(vllm_config: Any) -> None:
+    """See that our worker is still the one that will run: a platform or another plugin may have put in its own since.
+
+    Raises:
+        ConfigError: it isn't.
+    """
+    worker = vllm_config.parallel_config.worker_cls
+    if not runs_on_our_worker(vllm_config.speculative_config) or worker in WORKERS.values():
+        return
+    method = LookaheadConfig.from_vllm_config(vllm_config).method
+    _refuse(
+        ConfigError(
+            f"[{method}] can't run: another plugin has replaced its worker class by {worker}; leave that plugin out "
+            f"(VLLM_PLUGINS), or ask for {worker} by --worker-cls, which gets draft chains"
+        )
+    )
+
+
+def _refuse(error: ConfigError | UnsupportedVLLMError) -> NoReturn:
+    """Raise an error; on a command line end with its message and status 2 instead."""
+    if not _command_line:
+        raise error
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
 
 
 def _with_corpus(config: LookaheadConfig, model_config: Any) -> LookaheadConfig:
@@ -251,7 +285,8 @@ def _with_corpus(config: LookaheadConfig, model_config: Any) -> LookaheadConfig:
 
 def _carrier(config: LookaheadConfig, setup: Setup) -> dict[str, Any]:
     """A speculative config of vLLM's own that ends where our worker takes over; ``model`` says whose it really is."""
-    carrier = {"model": DRAFTER, "num_speculative_tokens": config.num_speculative_tokens}
+    drafter = DRAFTER if setup.own_worker else CHAIN_DRAFTER
+    carrier = {"model": drafter, "num_speculative_tokens": config.num_speculative_tokens}
     if setup.runner == "v1":
         return {"method": "custom_class", **carrier}
     from vllm_lookahead.support import batch_limits

@@ -22,6 +22,7 @@ RUN_BY = {
     "bash serve run": "tests/ray/test_serve.py",
     "bash vllm serve": "tests/docs/test_commands.py",
     "bash vllm-lookahead batch": "tests/ray/test_documented_jobs.py",
+    "bash vllm-lookahead doctor": "tests/http/test_doctor.py",
     "json": "tests/docs/test_commands.py",
     "promql": "tests/docs/test_dashboard.py",
     "python echo_proposer": "tests/docs/test_example.py",

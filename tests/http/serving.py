@@ -1,24 +1,14 @@
-"""``vllm serve`` as a subprocess: started on a free port, ended with everything it started; and requests to it."""
+"""The servers of these tests, and requests to them."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
+from soaking.server import VLLM, Server, serving
 
-VLLM = str(Path(sys.executable).parent / "vllm")
-START_TIMEOUT = 300.0
+__all__ = ["COMPARABLE", "PROMPTS", "VLLM", "Server", "chat", "client", "complete", "serving", "texts"]
+
 COMPARABLE = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager")
 """Arguments of servers whose outputs are compared: float32, and quick to start."""
 
@@ -29,80 +19,6 @@ PROMPTS = [
     "import unittest\n\n\nclass ListTest(unittest.TestCase):\n    def test_append(self):\n",
     "for i in range(10):\n    print(i)\n\nfor j in range(20):\n    ",
 ]
-
-
-class Server:
-    """One running server.
-
-    Attributes:
-        url: where it listens.
-        process: the process, which leads a session of its own.
-        log: the file with everything it printed.
-    """
-
-    def __init__(self, model: str, log: Path, *arguments: str, **environment: str) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = log
-        command = [VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [*command, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                start_new_session=True,
-            )
-
-    def wait_until_ready(self) -> None:
-        """Wait until the server answers ``/health``; fail with its log if it dies."""
-        deadline = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, f"vllm serve ended:\n{self.log.read_text()[-5000:]}"
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-            time.sleep(0.5)
-        raise AssertionError(f"no answer within {START_TIMEOUT:.0f} s:\n{self.log.read_text()[-5000:]}")
-
-    def metrics(self) -> dict[str, float]:
-        """``/metrics`` as numbers, summed over labels (but ``..._per_pos_total`` keeps none of its own)."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        values: dict[str, float] = {}
-        for name, value in re.findall(r"^(vllm:\w+)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE):
-            values[name] = values.get(name, 0.0) + float(value)
-        return values
-
-    def stop(self) -> None:
-        """End the server and its engine processes."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def serving(model: str, log: Path, *arguments: str, **environment: str) -> Iterator[Server]:
-    """A server for the length of a ``with`` block. It may not answer yet: see ``Server.wait_until_ready``."""
-    server = Server(model, log, *arguments, **environment)
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def client(server: Server) -> OpenAI:

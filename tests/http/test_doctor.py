@@ -1,4 +1,4 @@
-"""``vllm-lookahead doctor`` with a real engine, as a user types it."""
+"""``vllm-lookahead doctor`` with a real engine, as the documents have it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMAND = [str(Path(sys.executable).parent / "vllm-lookahead"), "doctor"]
-SMALL = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256, "enforce_eager": True}
+from docs.blocks import pieces
+
+BIN = Path(sys.executable).parent
+SMALL = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "enforce_eager": True}
 
 
-def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300, check=False)
+def doctor(model: str, engine: dict[str, object], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The documents' command with more arguments for the engine, so that it starts soon."""
+    (piece,) = pieces("bash vllm-lookahead doctor")
+    words = piece.words(MODEL=model)
+    at = words.index("--engine") + 1
+    words[at] = json.dumps({**json.loads(words[at]), **SMALL, **engine})
+    command = [str(BIN / words[0]), *words[1:], *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_healthy_engine(demo_model: str) -> None:
-    engine = {**SMALL, "kv_cache_memory_bytes": 64 << 20, "dtype": "float32"}
-    result = doctor(demo_model, "--method", "lookahead", "--engine", json.dumps(engine))
+    result = doctor(demo_model, {"kv_cache_memory_bytes": 64 << 20, "dtype": "float32"}, "--method", "lookahead")
     assert result.returncode == 0, result.stdout + result.stderr
     words = " ".join(result.stdout.split())
     assert "LookaheadCPURunner, synchronous scheduling, float32, 8 requests and 256 tokens per step" in words
@@ -27,7 +34,7 @@ def test_a_healthy_engine(demo_model: str) -> None:
 
 
 def test_an_engine_that_would_be_refused(demo_model: str) -> None:
-    result = doctor(demo_model, "--engine", json.dumps({**SMALL, "pipeline_parallel_size": 2}))
+    result = doctor(demo_model, {"pipeline_parallel_size": 2})
     assert result.returncode == 1
     assert result.stdout == ""
     assert " ".join(result.stderr.split()).startswith("error: [prompt_lookup] can't run with pipeline parallelism")

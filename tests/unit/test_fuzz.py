@@ -6,14 +6,11 @@ import json
 from typing import Any
 
 import hypothesis.strategies as st
-import pytest
 from hypothesis import given, settings
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from proposers import registry
-from vllm_lookahead import plugin
 from vllm_lookahead.config import SHARED_OPTIONS, ConfigError, LookaheadConfig, requested_method
 
 METHODS = ("prompt_lookup", "lookahead", "token_recycling")
@@ -91,15 +88,6 @@ def test_who_is_asked(given: dict[str, Any]) -> None:
         assert_for_users(str(error))
     else:
         assert requested is None or requested[0] in METHODS
-
-
-@pytest.fixture(scope="module")
-def parser() -> FlexibleArgumentParser:
-    """The parser of ``vllm serve``, as vLLM builds it."""
-    plugin.register()
-    root = FlexibleArgumentParser(prog="vllm")
-    make_arg_parser(root.add_subparsers(dest="subparser").add_parser("serve"))
-    return root
 
 
 @given(request=REQUESTS, data=st.data())

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
-from vllm import envs
+from vllm import LLM, envs
 from vllm.config.speculative import NgramGPUTypes
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -175,6 +176,53 @@ def test_explicit_worker_class_wins(model: str, monkeypatch: pytest.MonkeyPatch)
     config = vllm_config(model, speculative_config={"method": "prompt_lookup"}, worker_cls=stock)
     assert config.parallel_config.worker_cls == stock
     assert [text for text in warnings if "keeps --worker-cls" in text and stock in text]
+    assert plugin.is_ours(config.speculative_config)
+    with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
+        SamplingParams(min_p=0.1)._validate_spec_decode(config.speculative_config)
+
+
+# ---- other plugins that bring a worker of their own
+
+
+THEIRS = "their_package.TheirWorker"
+
+
+@pytest.mark.usefixtures("offline")
+def test_worker_class_of_a_plugin_that_comes_first(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as if the user had asked for it."""
+    warnings = heard_warnings(monkeypatch)
+    create = EngineArgs.create_speculative_config
+
+    def with_worker(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        kwargs["target_parallel_config"].worker_cls = THEIRS
+        return create(self, *args, **kwargs)
+
+    monkeypatch.setattr(EngineArgs, "create_speculative_config", with_worker)
+    config = vllm_config(model, speculative_config={"method": "prompt_lookup"})
+    assert config.parallel_config.worker_cls == THEIRS
+    assert config.speculative_config.model == plugin.CHAIN_DRAFTER
+    assert [text for text in warnings if "drafts are chains" in text and THEIRS in text]
+    plugin.check_worker(config)
+
+
+@pytest.mark.usefixtures("offline")
+def test_worker_class_of_a_platform_that_comes_last(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our method can't run, and must not be lost without a word."""
+    update = CpuPlatform.check_and_update_config
+
+    def with_worker(config: Any) -> None:
+        update(config)
+        config.parallel_config.worker_cls = THEIRS
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", staticmethod(with_worker))
+    message = re.escape(f"replaced its worker class by {THEIRS}")
+    with pytest.raises(ConfigError, match=message):
+        LLM(model, speculative_config={"method": "prompt_lookup"}, skip_tokenizer_init=True)
+    monkeypatch.setattr(plugin, "_command_line", True)
+    with pytest.raises(SystemExit):
+        LLM(model, speculative_config={"method": "prompt_lookup"}, skip_tokenizer_init=True)
+    stock = vllm_config(model, speculative_config={"method": "ngram", "num_speculative_tokens": 3})
+    plugin.check_worker(stock)
 
 
 # ---- mistakes
@@ -508,7 +556,8 @@ def test_wrapped_once_and_restored() -> None:
     plugin.register()
     names = ["EngineArgs.add_cli_args", "EngineArgs.create_speculative_config", "SamplingParams._validate_spec_decode"]
     found = [".".join(name.split(".")[-2:]) for name in wrappers.wrapped()]
-    assert sorted({*found, "InputProcessor.process_inputs"}) == sorted([*names, "InputProcessor.process_inputs"])
+    front_end = ["InputProcessor.__init__", "InputProcessor.process_inputs"]
+    assert sorted({*found, *front_end}) == sorted([*names, *front_end])
     assert len(set(found)) == len(found)
     assert EngineArgs.create_speculative_config.__wrapped__.__module__ == EngineArgs.__module__
     wrappers.restore_all()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from proposers.numba_cache import CACHE
 from vllm_lookahead.trees.kv import SlotArray
 
 
@@ -37,7 +38,7 @@ def _as_integers(cache: torch.Tensor) -> NDArray[np.generic]:
     return cache.view(width).numpy()
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _copy_slots(cache, src, dst):  # type: ignore[no-untyped-def]
     num_blocks, num_heads, block_size, twice = cache.shape
     head_size = twice // 2

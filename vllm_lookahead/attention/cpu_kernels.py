@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from proposers.numba_cache import CACHE
 from vllm_lookahead.attention.tile import float_of_bits, make_tile, maximum
 
 FASTMATH = {"contract", "reassoc", "nsz", "arcp", "nnan"}
@@ -41,7 +42,7 @@ def _as_floats_overload(source, scratch):  # type: ignore[no-untyped-def]
     return widen
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _add_product(a, a_stride, b, b_stride, c, c_stride, rows, depth, columns):  # type: ignore[no-untyped-def]
     """``c += a @ b``; rows are a multiple of ``LOW``, columns of ``NARROW``."""
     wide = columns // WIDE * WIDE
@@ -56,7 +57,7 @@ def _add_product(a, a_stride, b, b_stride, c, c_stride, rows, depth, columns):  
             _low_narrow(a, i * a_stride, a_stride, b, j, b_stride, c, i * c_stride + j, c_stride, depth)
 
 
-@numba.njit(cache=True, fastmath=FASTMATH)
+@numba.njit(cache=CACHE, fastmath=FASTMATH)
 def _exponentials(scores, highest):  # type: ignore[no-untyped-def]
     """Replace scores by ``exp(score - highest)`` and return their sum.
 
@@ -81,7 +82,7 @@ def _exponentials(scores, highest):  # type: ignore[no-untyped-def]
     return total
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def attend(packed, out, cache, lengths, prefixes, offsets, blocks, mask, mask_offsets, scale):  # type: ignore[no-untyped-def]
     """Attention of every query over its row's prefix and those of the row's own tokens that its mask lets it see.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from proposers.numba_cache import CACHE
 from vllm_lookahead.trees.step import StepTrees
 
 WORD_BITS = 32
@@ -224,7 +225,7 @@ class TreePacker:
         )
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _lay_out(branched, starts, query_start, seq_lens, rows, offsets, lengths, firsts, whole):  # type: ignore[no-untyped-def]
     """Write ``PackedTrees``' rows, offsets, lengths, firsts and whole.
 

@@ -36,6 +36,7 @@ PLUGIN: tuple[Part, ...] = (
     Attributes(
         "vllm.v1.engine.input_processor:InputProcessor", ("model_config", "process_inputs", "tokenizer", "vllm_config")
     ),
+    Function("vllm.v1.engine.input_processor:InputProcessor.__init__", ("vllm_config",)),
     Attributes("vllm.v1.engine.async_llm:AsyncLLM", ("model_config", "tokenizer")),
     Attributes("vllm.v1.engine:EngineCoreRequest", ("cache_salt", "lora_request", "sampling_params")),
     Attributes("vllm.exceptions:VLLMValidationError"),

@@ -17,6 +17,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from proposers.numba_cache import CACHE
+
 FloatArray = NDArray[np.float64]
 
 GAIN = 1.05
@@ -179,20 +181,20 @@ class Allocation(NamedTuple):
     rate: float
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _forward(table: FloatArray, tokens: int) -> float:
     last = len(table) - 1
     return table[tokens] if tokens <= last else table[last] * tokens / last
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _seconds(table: FloatArray, fitted: tuple[float, float, float, float], tokens: int, nodes: int) -> float:
     overhead, scale, drafting, node = fitted
     seconds = overhead + scale * _forward(table, tokens)
     return seconds + drafting + node * nodes if nodes > 0 else seconds
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _allocate(
     chances: NDArray[np.float32],
     ends: NDArray[np.int64],

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proposers import DraftTree
+from proposers.numba_cache import CACHE
 from vllm_lookahead.drafting.budget import NO_CHANCES, REFIT_EVERY, Confidence, StepCost
 
 UNKNOWN_CHANCE = 0.5
@@ -301,7 +302,7 @@ def measure_step_cost(forward: Callable[[int], float], most: int, agree: Callabl
     return StepCost(sizes, times)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _promises(parents, chances, path):  # type: ignore[no-untyped-def]
     """What a tree promised at the nodes that a walk visited, and how many of these promises held.
 
@@ -325,7 +326,7 @@ def _promises(parents, chances, path):  # type: ignore[no-untyped-def]
     return promised, float(held)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _promises_at_root(parents, chances, token_ids, token):  # type: ignore[no-untyped-def]
     """As ``_promises``, of a walk that ends at the root because ``token`` was sampled there and no node verified."""
     promised, held = 0.0, 0.0

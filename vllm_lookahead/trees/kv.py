@@ -10,6 +10,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from proposers.numba_cache import CACHE
 from vllm_lookahead.trees.step import StepTrees, Walks
 
 SlotArray = NDArray[np.int64]
@@ -32,7 +33,7 @@ def moves(
     return _moves(step.branched, step.starts, walks.paths, walks.lengths, query_start, slots)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _moves(branched, starts, paths, lengths, query_start, slots):  # type: ignore[no-untyped-def]
     rows = np.flatnonzero(branched)
     count = 0

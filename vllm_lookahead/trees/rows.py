@@ -8,6 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from proposers.numba_cache import CACHE
 from vllm_lookahead.trees.step import StepTrees
 
 Int64Array = NDArray[np.int64]
@@ -53,7 +54,7 @@ class TreeRows:
         return cls(*_lay_out(step.branched, step.starts, step.parents, query_start, seq_lens))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _lay_out(branched, starts, parents, query_start, seq_lens):  # type: ignore[no-untyped-def]
     """``TreeRows``'s arrays. One call: in a step of a few milliseconds, a dozen of numpy's would show."""
     rows = np.flatnonzero(branched)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proposers import DraftTree
+from proposers.numba_cache import CACHE
 
 IntArray = NDArray[np.int32]
 PLACEHOLDER = -1
@@ -163,7 +164,7 @@ class Descent:
         return _trimmed(self._walks, self._depth)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def logits_indices(num_nodes: IntArray, ends: IntArray) -> NDArray[np.int64]:
     """Where in the flattened batch the rows' roots and nodes are: each row's last tokens.
 
@@ -220,12 +221,12 @@ def _trimmed(walks: Walks, used: int) -> Walks:
     return Walks(tokens, paths, walks.lengths)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _begins_with(values, start):  # type: ignore[no-untyped-def]
     return len(values) >= len(start) and np.array_equal(values[: len(start)], start)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _is_chain(parents):  # type: ignore[no-untyped-def]
     for i in range(len(parents)):  # noqa: SIM110 - numba knows no generators
         if parents[i] != i - 1:
@@ -233,7 +234,7 @@ def _is_chain(parents):  # type: ignore[no-untyped-def]
     return True
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _at_the_roots(starts):  # type: ignore[no-untyped-def]
     """Before the first sample: every row, the roots' logits rows, and the arrays of empty ``Walks``."""
     rows = len(starts) - 1
@@ -246,7 +247,7 @@ def _at_the_roots(starts):  # type: ignore[no-untyped-def]
     return active, logits_rows, tokens, paths, np.zeros(rows, np.int32)
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=CACHE, inline="always")
 def _find_child(tokens, parents, start, end, node, token):  # type: ignore[no-untyped-def]
     # parents come before children, so the scan may begin right after the parent
     for i in range(start + node + 1, end):
@@ -255,7 +256,7 @@ def _find_child(tokens, parents, start, end, node, token):  # type: ignore[no-un
     return -1
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _walk_all(sampled, tokens, parents, starts, out_tokens, out_paths, lengths):  # type: ignore[no-untyped-def]
     for row in range(len(starts) - 1):
         start, end = starts[row], starts[row + 1]
@@ -272,7 +273,7 @@ def _walk_all(sampled, tokens, parents, starts, out_tokens, out_paths, lengths):
         lengths[row] = length + 1
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _retrace(emitted, lengths, tokens, parents, starts, paths):  # type: ignore[no-untyped-def]
     for row in range(len(starts) - 1):
         node = -1
@@ -281,7 +282,7 @@ def _retrace(emitted, lengths, tokens, parents, starts, paths):  # type: ignore[
             paths[row, k] = node
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _follow(sampled, tokens, parents, starts, discard, active, logits_rows, out_tokens, out_paths, lengths):  # type: ignore[no-untyped-def]
     """Returns how many rows go on; they are moved to the front of ``active``."""
     going_on = 0

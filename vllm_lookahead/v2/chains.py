@@ -14,6 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from proposers.numba_cache import CACHE
 from vllm_lookahead.trees.step import StepTrees
 
 
@@ -43,7 +44,7 @@ def paths_as_chains(step: StepTrees, in_order: NDArray[np.bool_]) -> ChainRows:
     return ChainRows(*_paths_as_chains(step.starts, step.parents, step.branched & in_order))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=CACHE)
 def _paths_as_chains(starts, parents, split):  # type: ignore[no-untyped-def]
     num_rows = len(starts) - 1
     count = 0
