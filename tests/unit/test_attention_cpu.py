@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from proposers import DraftTree
-from vllm_lookahead.attention.cpu import cells_of, make_plan, tree_attention
+from vllm_lookahead.attention.cpu import (
+    TreeCPUAttentionImpl,
+    TreeCPUAttentionMetadataBuilder,
+    cells_of,
+    make_plan,
+    tree_attention,
+    unsupported_reason,
+)
 from vllm_lookahead.trees.rows import TreeRows
 from vllm_lookahead.trees.step import StepTrees
 
@@ -117,3 +124,13 @@ def test_positions_follow_the_depth_and_masks_the_ancestors() -> None:
 def test_a_step_of_chains_has_no_tree_rows() -> None:
     step = StepTrees.build(["a"], {"a": [1, 2]}, {"a": DraftTree.chain([1, 2])})
     assert TreeRows.of(step, np.array([0, 3], np.int32), np.array([9], np.int32)) is None
+
+
+def test_a_cache_in_amx_tiles_is_left_to_vllms_kernel() -> None:
+    impl, builder = (kind.__new__(kind) for kind in (TreeCPUAttentionImpl, TreeCPUAttentionMetadataBuilder))
+    impl.sliding_window, impl.alibi_slopes, impl.logits_soft_cap, impl.sinks = -1, None, 0.0, None
+    impl.is_fp8_kv_cache, impl.head_size, builder.dtype = False, 64, torch.bfloat16
+    for isa, reason in (("vec", None), ("amx", "the KV cache layout of the 'amx' kernel (with --block-size 16")):
+        builder.isa = isa
+        found = unsupported_reason(impl, builder)
+        assert found == reason or (reason and found and found.startswith(reason))

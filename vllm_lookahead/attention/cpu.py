@@ -27,7 +27,8 @@ from vllm_lookahead.attention.cpu_kernels import attend
 from vllm_lookahead.trees.rows import TreeRows
 
 READABLE_ISAS = ("vec", "vec16")
-"""Kernels whose cache layout we can read: K transposed, V plain (see ``cpu_commit.CPUCommit``)."""
+"""Kernels whose cache layout we can read: K transposed, V plain (see ``cpu_commit.CPUCommit``). Not "amx", whose tiles
+only it can read: what it saves on prompts is not ours to give up."""
 
 
 class Plan(NamedTuple):
@@ -61,10 +62,6 @@ class TreeCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.trees: TreeRows | None = None
         self.isa: str
-        if self.isa == "amx" and hasattr(self, "_set_isa_to_layers"):  # vLLM 0.26 can't change it: chains
-            # amx packs the cache in tiles that only its own kernel reads
-            self.isa = "vec"
-            self._set_isa_to_layers(layer_names)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -201,5 +198,6 @@ def unsupported_reason(impl: object, builder: object) -> str | None:
     if impl.head_size % 8:
         return f"a head size of {impl.head_size}, not a multiple of 8"
     if builder.isa not in READABLE_ISAS:
-        return f"the KV cache layout of the '{builder.isa}' kernel"
+        hint = " (with --block-size 16 vLLM takes another)" if builder.isa == "amx" else ""
+        return f"the KV cache layout of the '{builder.isa}' kernel{hint}"
     return None
