@@ -41,7 +41,7 @@ def test_no_room_for_the_counters() -> None:
         "metrics.publish(('context',), 'm', 1)\n"
         "assert metrics.FILE not in os.environ\n"
         "assert not [s for family in REGISTRY.collect() if 'by_source' in family.name for s in family.samples]\n"
-        "metrics.SourceCounts(('context',), 0, first=True)\n"
+        "metrics.SourceCounts(('context',), 0, 'm', first=True)\n"
     )
     done = run(code, file_size=0)
     assert done.returncode == 0, done.stderr
