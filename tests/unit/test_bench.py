@@ -336,6 +336,24 @@ def test_served_table() -> None:
     assert ours[-3:] == ["2.50 (2.50 - 2.50)", "2", "3 of 4"]
 
 
+def test_a_server_that_answered_nothing_has_no_ratios() -> None:
+    nothing = dict.fromkeys((f"{place}_{what}_ms" for what in ("ttft", "tpot") for place in ("median", "p99")), 0.0)
+    found = [
+        {
+            "server": name,
+            "round": 0,
+            "rate": "",
+            "output_throughput": 0.0,
+            "failed": 4,
+            "generated_texts": [],
+            **nothing,
+        }
+        for name in ("stock", "ours")
+    ]
+    _, ours = serve.table(found).rows
+    assert (ours[3], ours[7], ours[9], ours[-2:]) == ("-", "-", "-", ["4", "0 of 0"])
+
+
 # ---- the judgement of benchmarks/gpu.py
 
 

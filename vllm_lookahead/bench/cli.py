@@ -222,7 +222,7 @@ def show(
 def _console() -> Console:
     """A console that doesn't fold tables when its output goes to a file."""
     usual = Console()
-    return usual if usual.is_terminal else Console(width=180)
+    return usual if usual.is_terminal else Console(width=240)
 
 
 @contextmanager

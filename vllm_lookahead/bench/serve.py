@@ -108,7 +108,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> Table:
 
 def _cells(own: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], *, first_row: bool) -> list[str]:
     """What the table says of one server at one rate, next to the first one."""
-    pairs = list(zip(own, first, strict=True))
+    pairs, speed = list(zip(own, first, strict=True)), "output_throughput"
     texts = [
         a == b for mine, other in pairs for a, b in zip(mine["generated_texts"], other["generated_texts"], strict=True)
     ]
@@ -121,8 +121,9 @@ def _cells(own: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]],
         return spread([other[name] / mine[name] for mine, other in pairs if mine[name]], ".3f")
 
     return [
-        spread([r["output_throughput"] for r in own], ".0f"),
-        spread([mine["output_throughput"] / other["output_throughput"] for mine, other in pairs], ".3f"),
+        spread([r[speed] for r in own], ".0f"),
+        # a server that died answers nothing
+        spread([mine[speed] / other[speed] for mine, other in pairs if other[speed]], ".3f"),
         *(middle("median_ttft_ms"), middle("p99_ttft_ms")),
         *(middle("median_tpot_ms"), ratio("median_tpot_ms"), middle("p99_tpot_ms"), ratio("p99_tpot_ms")),
         spread(lengths, ".2f"),
