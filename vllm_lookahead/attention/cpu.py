@@ -198,6 +198,5 @@ def unsupported_reason(impl: object, builder: object) -> str | None:
     if impl.head_size % 8:
         return f"a head size of {impl.head_size}, not a multiple of 8"
     if builder.isa not in READABLE_ISAS:
-        hint = " (with --block-size 16 vLLM takes another)" if builder.isa == "amx" else ""
-        return f"the KV cache layout of the '{builder.isa}' kernel{hint}"
+        return f"the KV cache layout of the '{builder.isa}' kernel"
     return None
