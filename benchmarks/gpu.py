@@ -103,16 +103,17 @@ def sizes(
 
     settings = {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 1024, **_small(cpu)}
     runner = Engine(str(folder), METHODS[method], settings, ()).runner
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     print(f"{method}: ms of a forward pass by tokens, best of 5")
     for tokens in sorted({1, 2, 4, *(8 * i + j for i in range(1, 33) for j in (0, 1) if i < 5 or i % 4 == 0)}):
         if tokens > most:
             break
         best = float("inf")
         for _ in range(5):
-            torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+            wait()
             start = time.perf_counter()
             runner._dummy_run(tokens)
-            torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+            wait()
             best = min(best, time.perf_counter() - start)
         print(f"{tokens:4d} {1e3 * best:8.3f}", flush=True)
 

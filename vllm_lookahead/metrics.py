@@ -125,17 +125,17 @@ class SourceCounts:
     def __init__(self, sources: Sequence[str], engine: int, model: str, *, first: bool) -> None:
         self._size = len(sources) + 1
         self._counts: Counts | None = None
-        self._shared: list[list[Any]] = []
+        self._shared: list[list[Any]] | None = None
         path = os.environ.get(FILE)
         if not sources or not first or path is None:
             return
         # no file: the front end runs on another machine, and nobody would read it
         with contextlib.suppress(OSError, ValueError):
+            if MULTIPROCESS in os.environ:
+                self._shared = _shared_counters((*sources, WINDOW), engine, model)
+                return
             counts = np.memmap(path, np.int64, "r+").reshape(-1, 2, self._size)
             self._counts = counts[engine] if engine < len(counts) else None
-        if self._counts is not None and MULTIPROCESS in os.environ:
-            self._counts = np.zeros((2, self._size), np.int64)
-            self._shared = _shared_counters((*sources, WINDOW), engine, model)
 
     def add(self, tree: DraftTree, num_nodes: int, path: IntArray) -> None:
         """Count one verified tree.
@@ -145,17 +145,24 @@ class SourceCounts:
             num_nodes: how many of its nodes were verified.
             path: int32 [a], the accepted ones.
         """
-        if self._counts is None or tree.sources is None:
+        if (self._counts is None and self._shared is None) or tree.sources is None:
             return
         of_node = np.full(num_nodes, self._size - 1, np.intp)
         guesses = tree.sources[:num_nodes]
         of_node[: len(guesses)] = guesses
         for row, nodes in ((DRAFTED, of_node), (ACCEPTED, of_node[path])):
             counts = np.bincount(nodes, minlength=self._size)
-            self._counts[row] += counts
-            if self._shared:
+            if self._counts is not None:
+                self._counts[row] += counts
+            if self._shared is not None:
                 for source in counts.nonzero()[0].tolist():
                     self._shared[row][source].inc(int(counts[source]))
+
+
+def served_name(model_config: Any) -> str:
+    """The name that a model (``vllm.config.ModelConfig``) has in vLLM's metrics: the first that it is served under."""
+    names = model_config.served_model_name
+    return names if isinstance(names, str) else str(names[0])
 
 
 def _shared_counters(sources: Sequence[str], engine: int, model: str) -> list[list[Any]]:

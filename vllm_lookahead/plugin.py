@@ -188,7 +188,7 @@ def _prepare(
 
     from proposers.numba_cache import PROBLEM
     from vllm_lookahead.front_end import wrap_front_end
-    from vllm_lookahead.metrics import publish
+    from vllm_lookahead.metrics import publish, served_name
     from vllm_lookahead.support import Setup, check_support, fit_lora
 
     logger = init_logger("vllm.vllm_lookahead")
@@ -201,8 +201,7 @@ def _prepare(
     engine_args.additional_config = _with_ours(engine_args.additional_config, config)
     wrap_front_end(is_ours, check_worker)
     if not engine_args.disable_log_stats:
-        names = model_config.served_model_name
-        publish(config.sources, names if isinstance(names, str) else names[0], parallel_config.data_parallel_size)
+        publish(config.sources, served_name(model_config), parallel_config.data_parallel_size)
     if PROBLEM is not None:
         logger.warning("[%s] compiles its kernels at each start, since they can't be kept: %s", config.method, PROBLEM)
     if own_worker:

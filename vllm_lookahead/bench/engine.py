@@ -10,8 +10,9 @@ import importlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from vllm_lookahead.bench import junk_chain
 from vllm_lookahead.bench.prompts import Prompt
@@ -244,27 +245,12 @@ class Engine:
             *((runner, name) for name in RUNNER_PARTS),
             (getattr(runner, "planner", None), "plan"),
         ]
-        named = []
-        for owner, name in places:
-            function = getattr(owner, name, None)
-            if function is None:
-                continue
-
-            def marked(*args: Any, _name: str = name, _function: Any = function, **kwargs: Any) -> Any:
-                with record_function(PART + _name):
-                    return _function(*args, **kwargs)
-
-            before = vars(owner).get(name)
-            setattr(owner, name, marked)
-            named.append((owner, name, before))
-        try:
+        with ExitStack() as stack:
+            for owner, name in places:
+                function = getattr(owner, name, None)
+                if function is not None:
+                    stack.enter_context(patch.object(owner, name, record_function(PART + name)(function)))
             yield
-        finally:
-            for owner, name, before in named:
-                if before is None:
-                    delattr(owner, name)
-                else:
-                    setattr(owner, name, before)
 
     def _count_nodes(self) -> None:
         """Count the draft nodes that steps are prepared for. Costs about a microsecond per step.

@@ -15,7 +15,7 @@ from proposers import DraftTree, RequestInfo, RequestProposer, Verified
 from proposers.tree import warm_up as warm_up_trees
 from vllm_lookahead.config import LookaheadConfig
 from vllm_lookahead.drafting.time_limit import TimeLimit, TimeLimitError
-from vllm_lookahead.metrics import SourceCounts
+from vllm_lookahead.metrics import SourceCounts, served_name
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -40,13 +40,8 @@ class Drafter:
         self.config = LookaheadConfig.from_vllm_config(vllm_config)
         self.proposer = self.config.build_proposer()
         parallel = vllm_config.parallel_config
-        names = vllm_config.model_config.served_model_name
-        self.counts = SourceCounts(
-            self.proposer.sources,
-            parallel.data_parallel_index,
-            names if isinstance(names, str) else names[0],
-            first=parallel.rank == 0,
-        )
+        model = served_name(vllm_config.model_config)
+        self.counts = SourceCounts(self.proposer.sources, parallel.data_parallel_index, model, first=parallel.rank == 0)
         self.max_nodes = self.config.num_speculative_tokens
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         # the ranks of a tensor-parallel group have to give up the same requests, and their clocks differ

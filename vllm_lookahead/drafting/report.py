@@ -51,3 +51,13 @@ class DraftingReport:
                 fitted=() if auto is None else auto.fit(),
             )
         )
+
+
+class ReportsDrafting:
+    """To be named before one of vLLM's workers that has a model runner of ours."""
+
+    model_runner: Any
+
+    def drafting_report(self, batches: Sequence[int]) -> dict[str, Any]:
+        """How this worker drafts, for ``collective_rpc``; see ``DraftingReport.of``."""
+        return DraftingReport.of(self.model_runner, batches)

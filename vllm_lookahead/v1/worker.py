@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_lookahead.contract import check_contract
-from vllm_lookahead.drafting.report import DraftingReport
+from vllm_lookahead.drafting.report import ReportsDrafting
 from vllm_lookahead.temporary import replaced
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ else:
     Base = object
 
 
-class LookaheadWorkerMixin(Base):
+class LookaheadWorkerMixin(ReportsDrafting, Base):
     """To be named before one of vLLM's workers. The plugin selects the worker when one of our methods is asked for."""
 
     runner_class: ClassVar[type[LookaheadRunnerMixin]]
@@ -39,7 +38,3 @@ class LookaheadWorkerMixin(Base):
         result = super().compile_or_warm_up_model()
         self.model_runner.prepare_drafting()
         return result
-
-    def drafting_report(self, batches: Sequence[int]) -> dict[str, Any]:
-        """How this worker drafts, for ``collective_rpc``; see ``DraftingReport.of``."""
-        return DraftingReport.of(self.model_runner, batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -10,13 +9,13 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_lookahead.attention.registry import backend_override
 from vllm_lookahead.contract import UnsupportedVLLMError, check_contract
-from vllm_lookahead.drafting.report import DraftingReport
+from vllm_lookahead.drafting.report import ReportsDrafting
 from vllm_lookahead.temporary import replaced
 from vllm_lookahead.v2.cpu_runner import LookaheadV2CPURunner
 from vllm_lookahead.v2.runner import LookaheadV2RunnerMixin
 
 
-class CPULookaheadV2Worker(CPUWorker):
+class CPULookaheadV2Worker(ReportsDrafting, CPUWorker):
     """vLLM's CPU worker, whose V2 runner verifies draft trees."""
 
     runner_class: ClassVar[type[LookaheadV2RunnerMixin]] = LookaheadV2CPURunner
@@ -41,7 +40,3 @@ class CPULookaheadV2Worker(CPUWorker):
         result = super().compile_or_warm_up_model()
         self.model_runner.prepare_drafting()
         return result
-
-    def drafting_report(self, batches: Sequence[int]) -> dict[str, Any]:
-        """How this worker drafts, for ``collective_rpc``; see ``DraftingReport.of``."""
-        return DraftingReport.of(self.model_runner, batches)

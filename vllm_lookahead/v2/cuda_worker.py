@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -10,12 +9,12 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lookahead.attention.registry import backend_override
 from vllm_lookahead.contract import UnsupportedVLLMError, check_contract
-from vllm_lookahead.drafting.report import DraftingReport
+from vllm_lookahead.drafting.report import ReportsDrafting
 
 BACKEND = "vllm_lookahead.attention.flash.TreeFlashAttentionBackend"
 
 
-class CUDALookaheadWorker(Worker):
+class CUDALookaheadWorker(ReportsDrafting, Worker):
     """vLLM's GPU worker, whose V2 runner drafts with our proposers and verifies draft trees."""
 
     def _make_model_runner(self) -> Any:
@@ -38,7 +37,3 @@ class CUDALookaheadWorker(Worker):
         """As vLLM's, after what drafting has to compile: from here on vLLM reports every compilation."""
         self.model_runner.prepare_drafting()
         super()._maybe_activate_jit_monitor()
-
-    def drafting_report(self, batches: Sequence[int]) -> dict[str, Any]:
-        """How this worker drafts, for ``collective_rpc``; see ``DraftingReport.of``."""
-        return DraftingReport.of(self.model_runner, batches)
