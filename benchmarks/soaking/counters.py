@@ -32,6 +32,13 @@ class Counters:
         """How far they moved."""
         return Counters({key: value - before._values.get(key, 0.0) for key, value in self._values.items()})
 
+    def sums(self) -> dict[str, float]:
+        """By name, over all labels."""
+        found: dict[str, float] = {}
+        for (name, _), value in self._values.items():
+            found[name] = found.get(name, 0.0) + value
+        return found
+
     def total(self, name: str, **labels: str) -> float:
         """The sum of the samples of a name that have these labels, among others.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -13,6 +12,8 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+from soaking.counters import Counters
 
 VLLM = str(Path(sys.executable).parent / "vllm")
 START_TIMEOUT = 300.0
@@ -55,13 +56,8 @@ class Server:
         raise RuntimeError(f"no answer within {START_TIMEOUT:.0f} s:\n{self.log.read_text()[-5000:]}")
 
     def metrics(self) -> dict[str, float]:
-        """``/metrics`` as numbers, summed over labels (but ``..._per_pos_total`` keeps none of its own)."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        values: dict[str, float] = {}
-        for name, value in re.findall(r"^(vllm:\w+)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE):
-            values[name] = values.get(name, 0.0) + float(value)
-        return values
+        """``/metrics`` as numbers, summed over labels."""
+        return Counters.read(self.url).sums()
 
     def stop(self) -> None:
         """End the server and its engine processes."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import typer
+from command_line import engine_args
 from vllm import envs
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from docs.blocks import DOCUMENTS, FENCE, ROOT, Piece, all_pieces, pieces, write_files
@@ -27,11 +27,9 @@ for _piece in SERVE:
 
 def served(parser: FlexibleArgumentParser, model: str, piece: Piece) -> LookaheadConfig:
     """What ``vllm serve`` makes of a command before it starts an engine."""
-    vllm, *words = piece.words(**{"MODEL": model, "vllm_lookahead/demo/model": model})
-    assert vllm == "vllm"
-    args = parser.parse_args(words)
-    args.model = args.model_tag
-    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    vllm, serve, *words = piece.words(**{"MODEL": model, "vllm_lookahead/demo/model": model})
+    assert (vllm, serve) == ("vllm", "serve")
+    config = engine_args(parser, *words).create_engine_config()
     assert plugin.is_ours(config.speculative_config)
     return LookaheadConfig.from_vllm_config(config)
 

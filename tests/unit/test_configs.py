@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import engine_args
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -19,23 +20,21 @@ PAPER = {"lookahead-7b": (15, 5, 15), "lookahead-13b": (10, 5, 10), "lookahead-3
 
 
 def load(parser: FlexibleArgumentParser, model: str, preset: Path) -> tuple[LookaheadConfig, AsyncEngineArgs]:
-    args = parser.parse_args(["serve", model, "--skip-tokenizer-init", "--config", str(preset)])
-    args.model = args.model_tag
-    engine_args = AsyncEngineArgs.from_cli_args(args)
-    config = engine_args.create_engine_config()
+    args = engine_args(parser, model, "--skip-tokenizer-init", "--config", str(preset))
+    config = args.create_engine_config()
     assert config.parallel_config.worker_cls == plugin.WORKERS["cpu", "v1"]
-    return LookaheadConfig.from_vllm_config(config), engine_args
+    return LookaheadConfig.from_vllm_config(config), args
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_preset_starts_as_it_is(parser: FlexibleArgumentParser, model: str, preset: Path) -> None:
     written = yaml.safe_load(preset.read_text())["speculative-config"]
-    config, engine_args = load(parser, model, preset)
+    config, args = load(parser, model, preset)
     assert config.method == written.pop("method")
     assert config.budget == written.pop("budget", "auto")
     assert config.options.items() >= written.items()
     # a single request's tree must fit into a step
-    assert config.num_speculative_tokens < (engine_args.max_num_batched_tokens or 2048)
+    assert config.num_speculative_tokens < (args.max_num_batched_tokens or 2048)
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 import hypothesis.strategies as st
+from command_line import engine_args
 from hypothesis import given, settings
-from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from proposers import registry
@@ -100,12 +100,10 @@ def test_vllm_serve(
     # JSON knows neither NaN nor what a shell can't pass on
     text = json.dumps({**given, "method": method}).replace("\\u0000", "")
     flags = data.draw(st.sampled_from([[], ["--enable-lora"], ["--enforce-eager"]]))
-    command = ["serve", model, "--skip-tokenizer-init", "--speculative-config", text, *flags]
+    command = [model, "--skip-tokenizer-init", "--speculative-config", text, *flags]
     status, config = None, None
     try:
-        args = parser.parse_args(command)
-        args.model = args.model_tag
-        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        config = engine_args(parser, *command).create_engine_config()
     except SystemExit as end:
         status = end.code
     if config is None:

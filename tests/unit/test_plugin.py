@@ -15,9 +15,10 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+from command_line import engine_args
 from vllm import LLM, envs
 from vllm.config.speculative import NgramGPUTypes
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import SamplingParams
@@ -44,9 +45,7 @@ def vllm_config(model: str, **kwargs: Any) -> Any:
 
 
 def from_command_line(parser: FlexibleArgumentParser, model: str, *arguments: str) -> Any:
-    args = parser.parse_args(["serve", model, "--skip-tokenizer-init", *arguments])
-    args.model = args.model_tag  # as ServeSubcommand.cmd does
-    return AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    return engine_args(parser, model, "--skip-tokenizer-init", *arguments).create_engine_config()
 
 
 def heard_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
