@@ -35,6 +35,8 @@ WORKERS = {
     ("cuda", "v2"): "vllm_lookahead.v2.cuda_worker.CUDALookaheadWorker",
 }
 """Our worker class for each kind of device and generation of vLLM's model runner."""
+EXECUTOR = "vllm_lookahead.v1.executor.LookaheadExecutor"
+"""Ours where vLLM would take its executor of worker processes, for V1's workers."""
 
 FLAGS = (
     ("--spec-method", "spec_method", "method"),
@@ -206,6 +208,8 @@ def _prepare(
         logger.warning("[%s] compiles its kernels at each start, since they can't be kept: %s", config.method, PROBLEM)
     if own_worker:
         parallel_config.worker_cls = WORKERS[setup.device, setup.runner]
+        if setup.runner == "v1" and _has_worker_processes(parallel_config):
+            parallel_config.distributed_executor_backend = EXECUTOR
     else:
         logger.warning(
             "[%s] keeps --worker-cls %s as asked: drafts are chains there, verified by vLLM's rejection sampler. "
@@ -214,6 +218,14 @@ def _prepare(
             parallel_config.worker_cls,
         )
     return _carrier(config, setup)
+
+
+def _has_worker_processes(parallel_config: Any) -> bool:
+    """Whether vLLM would take its ``MultiprocExecutor``; on a CPU it does so for one worker, too."""
+    from vllm import envs
+
+    backend = parallel_config.distributed_executor_backend
+    return backend == "mp" or (backend == "uni" and envs.VLLM_ENABLE_V1_MULTIPROCESSING)
 
 
 def _with_ours(additional: Any, config: LookaheadConfig) -> dict[str, Any]:

@@ -180,6 +180,25 @@ def test_explicit_worker_class_wins(model: str, monkeypatch: pytest.MonkeyPatch)
         SamplingParams(min_p=0.1)._validate_spec_decode(config.speculative_config)
 
 
+@pytest.mark.parametrize(
+    ("asked", "processes", "expected"),
+    [(None, "1", plugin.EXECUTOR), ("mp", "1", plugin.EXECUTOR), ("mp", "0", plugin.EXECUTOR), ("uni", "0", "uni")],
+)
+def test_worker_processes_get_our_executor(
+    model: str, monkeypatch: pytest.MonkeyPatch, asked: str | None, processes: str, expected: str
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", processes)
+    config = vllm_config(model, speculative_config={"method": "prompt_lookup"}, distributed_executor_backend=asked)
+    assert config.parallel_config.distributed_executor_backend == expected
+    stock = vllm_config(model, distributed_executor_backend=asked)
+    assert stock.parallel_config.distributed_executor_backend == ("uni" if expected == "uni" else "mp")
+
+
+@pytest.mark.parametrize("asked", ["ray", "external_launcher", "their_package.TheirExecutor"])
+def test_other_executors_stay(asked: str) -> None:
+    assert not plugin._has_worker_processes(SimpleNamespace(distributed_executor_backend=asked))
+
+
 # ---- other plugins that bring a worker of their own
 
 

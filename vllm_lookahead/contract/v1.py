@@ -145,7 +145,17 @@ V1: tuple[Part, ...] = (
     Attributes("vllm.v1.outputs:LogprobsTensors", ("logprob_token_ids", "logprobs", "selected_token_ranks")),
 )
 
+EXECUTOR = "vllm.v1.executor.multiproc_executor:MultiprocExecutor"
+
 V1_CPU: tuple[Part, ...] = (
+    Function(f"{EXECUTOR}.execute_model", ("scheduler_output", "non_block"), exactly=True),
+    Function(f"{EXECUTOR}.sample_tokens", ("grammar_output", "non_block"), exactly=True),
+    Function(f"{EXECUTOR}.take_draft_token_ids", (), exactly=True),
+    Attributes("vllm.v1.outputs:ModelRunnerOutput"),
+    Attributes("vllm.v1.core.sched.output:SchedulerOutput", ("has_structured_output_requests",)),
+    Function("vllm.v1.worker.gpu_worker:Worker.execute_model", ("scheduler_output",), exactly=True),
+    Function("vllm.v1.worker.gpu_worker:Worker.sample_tokens", ("grammar_output",), exactly=True),
+    Function("vllm.v1.worker.gpu_worker:Worker.take_draft_token_ids", (), exactly=True),
     Function("vllm.v1.worker.cpu_worker:CPUWorker.init_device", (), exactly=True),
     Function("vllm.v1.worker.cpu_worker:CPUWorker.load_model"),
     Function("vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model", (), exactly=True),
