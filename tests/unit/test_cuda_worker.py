@@ -97,7 +97,9 @@ def test_warm_up_compiles_for_the_largest_tree_of_the_engine(most: int, monkeypa
     cpu = torch.device("cpu")
     packer = TreePacker(cpu, 4096, 3, most)
     runner = object.__new__(LookaheadCUDARunner)
-    vars(runner).update(device=cpu, input_buffers=buffers, num_speculative_steps=most, _packer=packer, _texts={}, _graph=None)
+    vars(runner).update(
+        device=cpu, input_buffers=buffers, num_speculative_steps=most, _packer=packer, _texts={}, _graph=None
+    )
     tree = DraftTree.from_parents(range(most), [max(-1, i - 2) for i in range(most)])
     tokens = tree.token_ids.tolist()
     step = StepTrees.build(["a", "b", "c"], {"a": tokens, "b": tokens[:1], "c": tokens}, {"a": tree, "c": tree})

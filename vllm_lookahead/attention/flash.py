@@ -65,7 +65,7 @@ class TreeFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
     """
 
     # A full CUDA graph replays attention as it was captured. vLLM's are those of one token per request (the runner sees
-    # to that size), and never stand for a step with trees; those of trees are ``v2.tree_graphs``' matter.
+    # to that size), and never stand for a step with trees; those of trees are ``v2.cuda_graphs``' matter.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -254,8 +254,8 @@ def unsupported_reason(impl: Any, builder: Any, kv_cache: torch.Tensor, dtype: t
     if impl.head_size not in HEAD_SIZES:
         return f"a head size of {impl.head_size}, not a multiple of 16 up to {HEAD_SIZES[-1]}"
     if impl.vllm_flash_attn_version not in (2, 3):
-        # FlashAttention 4 compiles a kernel for each kind of call, and vLLM has it compile none for ours before requests
-        # come: the first ones would wait for it
+        # FlashAttention 4 compiles a kernel for each kind of call, and vLLM has none compiled for ours before requests
+        # come: the first ones would wait for that
         return f"FlashAttention version {impl.vllm_flash_attn_version}"
     if impl.total_cp_world_size > 1:
         return "context parallelism"

@@ -190,7 +190,9 @@ class TreePacker:
         tile_queries: as given.
     """
 
-    def __init__(self, device: torch.device, max_tokens: int, max_rows: int, max_nodes: int, tile_queries: int = 8) -> None:
+    def __init__(
+        self, device: torch.device, max_tokens: int, max_rows: int, max_nodes: int, tile_queries: int = 8
+    ) -> None:
         self.tile_queries = tile_queries
         self._limits = (max_tokens, max_rows, max_nodes)
         tiles = most_tiles(max_rows, max_tokens, tile_queries)

@@ -44,9 +44,7 @@ class AttentionCheck:
         output: [tokens, num_heads, head_size], what ``attend`` writes to.
     """
 
-    def __init__(
-        self, layer: Any, builder: Any, dtype: torch.dtype, size: GraphSize, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, layer: Any, builder: Any, dtype: torch.dtype, size: GraphSize, rng: np.random.Generator) -> None:
         impl, device = layer.impl, layer.kv_cache.device
         self._impl, self._builder, self._size, self._device = impl, builder, size, device
         width = -(-size.longest_prefix // layer.kv_cache.shape[2])

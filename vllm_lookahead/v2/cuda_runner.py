@@ -26,11 +26,11 @@ from vllm_lookahead.attention.triton_tree import tile_queries
 from vllm_lookahead.temporary import replaced
 from vllm_lookahead.trees.step import StepTrees
 from vllm_lookahead.v2 import self_check
+from vllm_lookahead.v2.cuda_graphs import TreeGraphManager, is_tree_graph
 from vllm_lookahead.v2.kernels.commit import KVCommit
 from vllm_lookahead.v2.kernels.place import place, place_tokens
 from vllm_lookahead.v2.kernels.walk import DeviceWalks, walk
 from vllm_lookahead.v2.runner import LookaheadV2RunnerMixin
-from vllm_lookahead.v2.tree_graphs import TreeGraphManager, is_tree_graph
 from vllm_lookahead.v2.verifier import WalkedTokens
 
 logger = init_logger(f"vllm.{__name__}")
@@ -70,7 +70,8 @@ class LookaheadCUDARunner(LookaheadV2RunnerMixin, GPUModelRunner):
             builder.dummy_trees = self.dummy_trees if reason is None else None
         if reason is None:
             manager = self.cudagraph_manager = self.new_tree_graphs()
-            logger.info_once("Full CUDA graphs for steps with draft trees of %s tokens.", manager.tree_sizes)
+            sizes = ", ".join(map(str, manager.tree_sizes))
+            logger.info_once("Full CUDA graphs for steps with draft trees of %s tokens.", sizes)
         else:
             logger.info_once("No full CUDA graphs for steps with draft trees: %s.", reason)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from vllm.logger import init_logger
 
 from proposers import DraftTree
@@ -113,9 +112,9 @@ def _graph_problem(layers: Layers, dtype: torch.dtype, tile_queries: int) -> str
     """Captured with one step's trees, replayed with others', which have fewer rows and tokens, and more again."""
     rng = np.random.default_rng(1)
     device = layers[0][0].kv_cache.device
-    batches = [_all_trees(_random_batch(rng, nodes, rows)) for nodes, rows in ((9, 5), (40, 3), (2, 1), (24, 5))]
+    batches = [_all_trees(_random_batch(rng, nodes, rows)) for nodes, rows in ((9, 5), (33, 2), (2, 1))]
     size = GraphSize(6, max(int(batch.query_start[-1]) for batch in batches) + 7, MOST_PREFIX)
-    packer = TreePacker(device, size.tokens, size.rows, 40, tile_queries)
+    packer = TreePacker(device, size.tokens, size.rows, 33, tile_queries)
     for layer, builder in layers:
         check, replay = AttentionCheck(layer, builder, dtype, size, rng), None
         for batch in batches:
@@ -188,7 +187,9 @@ def _places(batch: Batch, trees: DeviceTrees, device: torch.device) -> bool:
     words = trees.packed.mask.cpu().numpy()
     bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").astype(np.bool_)
     masks = [
-        np.array_equal(bits[batch.trees.offsets[row] : batch.trees.offsets[row + 1], :length], seen_by(batch.trees, row))
+        np.array_equal(
+            bits[batch.trees.offsets[row] : batch.trees.offsets[row + 1], :length], seen_by(batch.trees, row)
+        )
         for row, length in enumerate(batch.trees.lengths)
     ]
     return (

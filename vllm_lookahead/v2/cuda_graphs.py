@@ -7,7 +7,6 @@ of a request is what keeps prompts out. What such a graph reads is the business 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -66,9 +65,7 @@ class TreeGraphManager(ModelCudaGraphManager):
     ) -> None:
         self._most_nodes = most_nodes
         self.tree_sizes: list[int] = []
-        super().__init__(
-            vllm_config, device, cudagraph_mode, decode_query_len=1, lora_capture_cases=lora_capture_cases
-        )
+        super().__init__(vllm_config, device, cudagraph_mode, decode_query_len=1, lora_capture_cases=lora_capture_cases)
 
     def _init_candidates(self) -> None:
         """As vLLM's, and graphs of trees before whatever else would take their steps."""
