@@ -4,7 +4,7 @@
 #   benchmarks/gpu.sh OUT [PART...]          on a GPU; without PARTs all of them, as far as the time goes
 #   benchmarks/gpu.sh --cpu OUT [PART...]    the same programs, tiny, on a machine without a GPU: do they run?
 #
-# PARTs: about, 8b, exactness, demo, kernels, sync, long, sizes, waits, 1b. Each has a time limit, and leaves a log and JSON files in
+# PARTs: about, graphs, 8b, exactness, demo, kernels, sync, long, sizes, waits, 1b. Each has a time limit, and leaves a log and JSON files in
 # OUT, which is packed into OUT/all.tar.gz after every part. The end of the log is printed, and its first error. If a
 # part fails the others still run, and the status is 1. PYTHON: the interpreter. SECONDS_LEFT: for everything (530).
 set -uo pipefail
@@ -14,7 +14,7 @@ if [ "${1:-}" = --cpu ]; then cpu=--cpu patience=5; shift; fi
 if [ $# -lt 1 ]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift || exit 2
-parts=${*:-about 8b exactness demo kernels sync long sizes waits 1b}
+parts=${*:-about graphs 8b exactness demo kernels sync long sizes waits 1b}
 python=${PYTHON:-python3}
 failed=0
 
@@ -65,6 +65,15 @@ for part in $parts; do
         for method in stock prompt_lookup; do
             limited "about-$method" 60 "$python" benchmarks/gpu.py about $cpu "$method" "$out/tiny"
         done
+        ;;
+    graphs) # captured once, replayed for other trees
+        "$python" benchmarks/gpu.py shape tiny "$out/tiny"
+        if [ -n "$cpu" ]; then
+            PYTHONPATH="$root/tests/interpreter:$PYTHONPATH" TRITON_INTERPRET=1 \
+                limited graphs 90 "$python" benchmarks/gpu.py graphs --cpu "$out/tiny"
+        else
+            limited graphs 90 "$python" benchmarks/gpu.py graphs "$out/tiny"
+        fi
         ;;
     8b) step_cost 8b $big $context 1,4,16 ;;
     1b) step_cost 1b $small $context 1,4,16 ;;

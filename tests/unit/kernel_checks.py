@@ -5,7 +5,9 @@ Attention's is in float64. They run under TRITON_INTERPRET=1 on a CPU, and as th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial as partial_call
 from typing import NamedTuple
 
 import numpy as np
@@ -272,25 +274,30 @@ def check_merge(
         assert_close(merged_lse.cpu()[:, packed], part_lse, LSE_TOLERANCE[device], "log-sum-exp")
 
 
-class Launches:
-    """Stands for the kernel of tree attention: launches it, and again as it was launched first, like a CUDA graph."""
+def recorded(run: Callable[[], None], device: str) -> Callable[[], None]:
+    """Run something that launches the kernel of tree attention once, and return what launches that again: a CUDA graph.
 
-    def __init__(self) -> None:
-        self._kernel, self._first = triton_tree.tree_kernel, None
+    Without a GPU the same grid, numbers and addresses are handed to the kernel.
+    """
+    if device == "cuda":
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+    kernel, launches = triton_tree.tree_kernel, []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> object:
-        def launch(*args: object, **kwargs: object) -> None:
-            assert self._first is None, "captured once"
-            self._first = (grid, args, kwargs)
-            self.replay()
+    class Launcher:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **kwargs: launches.append((grid, args, kwargs))
 
-        return launch
-
-    def replay(self) -> None:
-        """The first launch: the same grid, numbers and addresses."""
-        assert self._first is not None
-        grid, args, kwargs = self._first
-        self._kernel[grid](*args, **kwargs)
+    triton_tree.tree_kernel = Launcher()
+    try:
+        run()
+    finally:
+        triton_tree.tree_kernel = kernel
+    ((grid, args, kwargs),) = launches
+    return lambda: kernel[grid](*args, **kwargs)
 
 
 def check_replays(
@@ -309,13 +316,13 @@ def check_replays(
     spare = int(rng.integers(0, 9))
     size = GraphSize(rows, max(int(batch.query_start[-1]) for batch in batches) + spare + rows, 70)
     packer = TreePacker(torch.device(device), size.tokens, rows, nodes, tile_queries(heads // kv_heads))
-    scale, launches, kernel = head_size**-0.5, Launches(), triton_tree.tree_kernel
+    scale, replay = head_size**-0.5, None
     product = torch.empty(size.tokens, heads + 2 * kv_heads, head_size, dtype=dtype, device=device)
     query, key, value = product.split([heads, kv_heads, kv_heads], dim=1)
     partial = torch.empty(size.tokens, heads, head_size, dtype=dtype, device=device)
     lse = torch.empty(heads, size.tokens, device=device)
     output = torch.empty_like(partial)
-    for i, batch in enumerate(batches):
+    for batch in batches:
         trees, count = batch.trees, int(batch.query_start[-1])
         product.copy_(torch.randn(product.shape, generator=generator))
         partial.fill_(torch.nan)
@@ -333,14 +340,11 @@ def check_replays(
             expected[here] = dense(q, torch.cat((before[0], k)), torch.cat((before[1], v)), sees, scale)[0]
         packed = place_in(size, packer, batch, device)
         output.fill_(UNTOUCHED)
-        if i == 0:
-            triton_tree.tree_kernel = launches
-            try:
-                tree_attention(query, key, value, packed, scale, output, Prefix(partial, lse))
-            finally:
-                triton_tree.tree_kernel = kernel
-        else:
-            launches.replay()
+        if replay is None:
+            run = partial_call(tree_attention, query, key, value, packed, scale, output, Prefix(partial, lse))
+            replay = recorded(run, device)
+            output.fill_(UNTOUCHED)
+        replay()
         assert_close(output.cpu()[:count], expected, TOLERANCE[dtype], "output")
         assert bool((output[count:] == UNTOUCHED).all()), "padding was written"
         eager = TreePacker(torch.device(device), size.tokens, rows, nodes, packer.tile_queries)

@@ -54,16 +54,17 @@ def problem(layers: Layers, dtype: torch.dtype, tile_queries: int) -> str | None
         return f"its kernels can't be run on this device ({_first_line(error)})"
 
 
-def graph_problem(layers: Layers, dtype: torch.dtype, tile_queries: int) -> str | None:
+def graph_problem(layers: Layers, dtype: torch.dtype, tile_queries: int, seed: int = 0) -> str | None:
     """What is wrong with trees in full CUDA graphs on this device; None if replays are right for other trees, too.
 
     Args:
         layers: the model's.
         dtype: the model's.
         tile_queries: of the model's ``TreePacker``.
+        seed: of the trees.
     """
     try:
-        return _graph_problem(_kinds(layers), dtype, tile_queries)
+        return _graph_problem(_kinds(layers), dtype, tile_queries, seed)
     except Exception as error:
         logger.exception("Attention of draft trees can't be captured on this device.")
         return f"it can't be captured on this device ({_first_line(error)})"
@@ -108,9 +109,9 @@ def _problem(layers: Layers, dtype: torch.dtype, tile_queries: int) -> str | Non
     return None
 
 
-def _graph_problem(layers: Layers, dtype: torch.dtype, tile_queries: int) -> str | None:
+def _graph_problem(layers: Layers, dtype: torch.dtype, tile_queries: int, seed: int) -> str | None:
     """Captured with one step's trees, replayed with others', which have fewer rows and tokens, and more again."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     device = layers[0][0].kv_cache.device
     batches = [_all_trees(_random_batch(rng, nodes, rows)) for nodes, rows in ((9, 5), (33, 2), (2, 1))]
     size = GraphSize(6, max(int(batch.query_start[-1]) for batch in batches) + 7, MOST_PREFIX)
