@@ -14,7 +14,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
-from vllm_lookahead.v2 import self_check
+from vllm_lookahead.v2 import cuda_runner, self_check
 from vllm_lookahead.v2.cuda_graphs import MOST_TOKENS, SPACING, TreeGraphManager, is_tree_graph, tree_graph_sizes
 from vllm_lookahead.v2.cuda_runner import LookaheadCUDARunner
 
@@ -134,29 +134,43 @@ def runner(mode: CUDAGraphMode, *versions: int) -> LookaheadCUDARunner:
     made = object.__new__(LookaheadCUDARunner)
     vars(made).update(
         _layers=[SimpleNamespace(impl=SimpleNamespace(vllm_flash_attn_version=version)) for version in versions],
+        _builders=[SimpleNamespace(dummy_trees=None)],
         _packer=SimpleNamespace(tile_queries=8),
         _with_builders=[],
         cudagraph_manager=SimpleNamespace(cudagraph_mode=mode),
+        device=torch.device("cpu"),
         dtype=torch.bfloat16,
+        lora_capture_cases=[0],
+        num_speculative_steps=6,
+        vllm_config=None,
     )
     return made
 
 
 @pytest.mark.parametrize("mode", list(CUDAGraphMode), ids=lambda mode: mode.name)
-def test_only_where_vllm_captures_decoding(mode: CUDAGraphMode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "graph_problem", lambda *arguments: None)
+def test_only_where_vllm_captures_decoding(mode: CUDAGraphMode) -> None:
     reason = runner(mode, 3)._why_no_tree_graphs()
     if mode in (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY):
         assert reason is None
     else:
-        assert reason == f"the mode is {mode.name}"
+        assert reason == f"vLLM's mode is {mode.name}"
 
 
-def test_only_with_flash_attention_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_check, "graph_problem", lambda *arguments: "it can't be captured")
-    mode = CUDAGraphMode.FULL_AND_PIECEWISE
-    assert runner(mode, 2, 2)._why_no_tree_graphs() == "they need FlashAttention 3, not 2"
-    assert runner(mode, 3, 3)._why_no_tree_graphs() == "it can't be captured"
+def test_only_with_flash_attention_3() -> None:
+    assert runner(CUDAGraphMode.FULL_AND_PIECEWISE, 2, 2)._why_no_tree_graphs() == "they need FlashAttention 3, not 2"
+
+
+@pytest.mark.parametrize("problem", [None, "a replay is off by 1"])
+def test_what_the_check_finds_decides(problem: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "graph_problem", lambda *arguments: problem)
+    monkeypatch.setattr(cuda_runner, "TreeGraphManager", lambda *arguments: SimpleNamespace(tree_sizes=[2, 4]))
+    monkeypatch.setattr(cuda_runner, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+    made = runner(CUDAGraphMode.FULL_AND_PIECEWISE, 3, 3)
+    stock = made.cudagraph_manager
+    made._capture_trees()
+    (builder,) = made._builders
+    assert (made.cudagraph_manager is stock) == (problem is not None)
+    assert (builder.dummy_trees is None) == (problem is not None)
 
 
 def test_a_device_without_graphs_has_a_reason(caplog: pytest.LogCaptureFixture) -> None:

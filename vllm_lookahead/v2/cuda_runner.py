@@ -42,6 +42,7 @@ MOST_LOGITS = 4096
 class LookaheadCUDARunner(LookaheadV2RunnerMixin, GPUModelRunner):
     """CUDA's attention, walk and commit for ``LookaheadV2RunnerMixin``."""
 
+    cudagraph_manager: Any  # vLLM's, or ours in its place
     _trees: DeviceTrees
     _walks: DeviceWalks
 
@@ -63,33 +64,38 @@ class LookaheadCUDARunner(LookaheadV2RunnerMixin, GPUModelRunner):
         """
         with replaced(self, "decode_query_len", 1):
             super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        if not self.trees_verifiable:
+        if self.trees_verifiable:
+            self._capture_trees()
+
+    def _capture_trees(self) -> None:
+        """Have vLLM capture graphs of trees, too, if they can be."""
+        what = "full CUDA graphs for steps with draft trees"
+        reason = self._why_no_tree_graphs()
+        if reason is not None:
+            logger.info_once("No %s: %s.", what, reason)
             return
-        reason = self._agreed(self._why_no_tree_graphs())
+        reason = self._agreed(self_check.graph_problem(self._with_builders, self.dtype, self._packer.tile_queries))
+        if reason is not None:
+            logger.warning_once("No %s: %s.", what, reason)
+            return
         for builder in self._builders:
-            builder.dummy_trees = self.dummy_trees if reason is None else None
-        if reason is None:
-            manager = self.cudagraph_manager = self.new_tree_graphs()
-            sizes = ", ".join(map(str, manager.tree_sizes))
-            logger.info_once("Full CUDA graphs for steps with draft trees of %s tokens.", sizes)
-        else:
-            logger.info_once("No full CUDA graphs for steps with draft trees: %s.", reason)
+            builder.dummy_trees = self.dummy_trees
+        self.cudagraph_manager = TreeGraphManager(
+            self.vllm_config,
+            self.device,
+            self.cudagraph_manager.cudagraph_mode,
+            self.lora_capture_cases,
+            self.num_speculative_steps,
+        )
+        logger.info_once("There are %s, of %s tokens.", what, ", ".join(map(str, self.cudagraph_manager.tree_sizes)))
 
     def _why_no_tree_graphs(self) -> str | None:
+        """The same on every rank."""
         mode = self.cudagraph_manager.cudagraph_mode
         if not (mode.has_full_cudagraphs() and mode.separate_routine()):
-            return f"the mode is {mode.name}"
+            return f"vLLM's mode is {mode.name}"
         versions = {layer.impl.vllm_flash_attn_version for layer in self._layers}
-        if versions != {3}:
-            return f"they need FlashAttention 3, not {versions.pop()}"
-        return self_check.graph_problem(self._with_builders, self.dtype, self._packer.tile_queries)
-
-    def new_tree_graphs(self) -> TreeGraphManager:
-        """What takes the place of vLLM's manager of CUDA graphs."""
-        manager = self.cudagraph_manager
-        return TreeGraphManager(
-            self.vllm_config, self.device, manager.cudagraph_mode, self.lora_capture_cases, self.num_speculative_steps
-        )
+        return None if versions == {3} else f"they need FlashAttention 3, not {versions.pop()}"
 
     def dummy_trees(self, common: CommonAttentionMetadata) -> PackedTrees:
         """Chains in the place of trees, for the capture of a graph and for dummy runs that replay it.
