@@ -90,3 +90,12 @@ def test_tree_kernel_compiles(dtype: str, head_size: int, capability: int) -> No
 
     asm = compiled(compile_tree_kernel, capability, dtype, head_size)
     assert "mma" in asm["ptx"], "no tensor cores"
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("per_kv", [1, 7, 40])
+def test_tree_kernel_compiles_for_any_group_of_heads(per_kv: int, capability: int) -> None:
+    from kernel_compile import compile_tree_kernel
+
+    assert "mma" in compiled(compile_tree_kernel, capability, "bfloat16", 128, per_kv)["ptx"], "no tensor cores"
