@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.logger import init_logger
 
 from proposers import DraftTree
@@ -30,7 +31,7 @@ logger = init_logger(f"vllm.{__name__}")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 """Of attention's outputs, whose values are about 1: some units in the last place."""
 TOKENS = 4
-"""So few different tokens that walks go deep."""
+"""So few different tokens that siblings share some."""
 
 
 MOST_PREFIX = 150
@@ -92,7 +93,7 @@ def _problem(layers: Layers, dtype: torch.dtype, tile_queries: int) -> str | Non
         trees = packer(batch.step, batch.query_start, batch.seq_lens)
         if not _places(batch, trees, device):
             return "positions or ancestor masks differ from the host's"
-        sampled = rng.integers(0, TOKENS, len(batch.step.tokens) + batch.step.num_rows)
+        sampled = _samples(rng, batch.step)
         walks = walk_all(batch.step, sampled)
         on_device = walk(torch.from_numpy(sampled).to(device), trees, nodes + 1)
         if not _same_walks(walks, on_device):
@@ -160,6 +161,15 @@ def _random_batch(rng: np.random.Generator, nodes: int, rows: int = 5) -> Batch:
     trees = TreeRows.of(step, query_start, seq_lens)
     assert trees is not None
     return Batch(step, query_start, seq_lens, trees)
+
+
+def _samples(rng: np.random.Generator, step: StepTrees) -> NDArray[np.int64]:
+    """int64 [nodes + rows]: a token for each root and node, that of a child where there is one: walks go deep."""
+    sampled = rng.integers(0, TOKENS, len(step.tokens) + step.num_rows)
+    for row in range(step.num_rows):
+        nodes = slice(int(step.starts[row]), int(step.starts[row + 1]))
+        sampled[nodes.start + row + 1 + step.parents[nodes]] = step.tokens[nodes]
+    return sampled
 
 
 def _all_trees(batch: Batch) -> Batch:
