@@ -30,7 +30,7 @@ LOG2E = 1.4426950408889634
 
 def tile_queries(heads_per_kv: int) -> int:
     """How many queries a tile should have, by the number of heads that share a kv head; any number is right."""
-    return max(1, TILE_ROWS // heads_per_kv)
+    return max(1, TILE_ROWS // max(1, heads_per_kv))
 
 
 class Prefix(NamedTuple):
