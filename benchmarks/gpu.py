@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py shape 8b FOLDER            a model of that shape; weights are random when it is loaded
     python benchmarks/gpu.py about stock FOLDER         what the engine is made of here
+    python benchmarks/gpu.py graphs FOLDER              full CUDA graphs of trees, captured once, replayed for others
     python benchmarks/gpu.py outputs stock STOCK.json   greedy and seeded, every request alone and in a batch
     python benchmarks/gpu.py outputs lookahead OURS.json
     python benchmarks/gpu.py compare STOCK.json OURS.json
@@ -83,11 +84,56 @@ def about(method: Annotated[str, typer.Argument(help=", ".join(METHODS))], folde
     found = {
         **engine.info(),
         "graph_sizes": compilation.cudagraph_capture_sizes,
+        "captured": _captured(engine.runner),
         "kv_cache": {"shape": list(caches[0].shape), "stride": list(caches[0].stride())},
         "attention": type(layer.impl).__name__,
         "flash_attention": getattr(layer.impl, "vllm_flash_attn_version", None),
     }
     print(method, json.dumps(found, indent=1), flush=True)
+
+
+@app.command()
+def graphs(folder: Path, cpu: Cpu = False, rounds: int = 10) -> None:
+    """Replay attention for trees of other lengths and masks than at its capture, and count the steps that graphs serve.
+
+    Ends with status 1 if a replay differs from dense attention, or if no step was a replay of a graph of trees.
+    """
+    from collections import Counter
+
+    if cpu:
+        _graphs_on_cpu()
+    from vllm import SamplingParams, TokensPrompt
+
+    from vllm_lookahead.bench.engine import Engine
+    from vllm_lookahead.v2 import self_check
+    from vllm_lookahead.v2.cuda_graphs import is_tree_graph
+
+    settings = {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 256, **_small(cpu)}
+    method = {"method": "prompt_lookup", "num_speculative_tokens": 6, "budget": 6} if cpu else METHODS["prompt_lookup"]
+    engine = Engine(str(folder), method, settings, ())
+    runner = engine.runner
+    manager = runner.cudagraph_manager
+    print(json.dumps({"mode": manager.cudagraph_mode.name, "captured": _captured(runner)}), flush=True)
+    for seed in range(1 if cpu else rounds):
+        layers, queries = runner._with_builders, runner._packer.tile_queries
+        problem = self_check.graph_problem(layers, runner.dtype, queries, seed)
+        print(f"replays of attention, seed {seed}: {problem or 'as dense attention'}", flush=True)
+        if problem:
+            raise typer.Exit(1)
+
+    steps: Counter[str] = Counter()
+
+    def dispatch(*args: Any, dispatch: Any = manager.dispatch, **kwargs: Any) -> Any:
+        desc = dispatch(*args, **kwargs)
+        steps[f"{'trees' if is_tree_graph(desc) else desc.cg_mode.name} of {desc.num_tokens}"] += 1
+        return desc
+
+    manager.dispatch = dispatch
+    prompts = [TokensPrompt(prompt_token_ids=[i, 7, 8, i, 7, 9, i] * 3) for i in range(3, 5 if cpu else 11)]
+    length = 6 if cpu else 64
+    engine.llm.generate(prompts, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False))
+    print("steps:", json.dumps(steps))
+    raise typer.Exit(int(not any(name.startswith("trees") for name in steps)))
 
 
 @app.command()
@@ -179,6 +225,31 @@ def _gap(place: Any) -> float:
     """How far the two likeliest tokens are apart."""
     best = sorted((entry.logprob for entry in place.values()), reverse=True)
     return float(best[0] - best[1])
+
+
+def _captured(runner: Any) -> dict[str, list[int]]:
+    """Tokens of every CUDA graph by what it is for."""
+    descs = getattr(getattr(runner, "cudagraph_manager", None), "_capture_descs", {})
+    found: dict[str, set[int]] = {}
+    for desc in (desc for of_mode in descs.values() for desc in of_mode):
+        one_each = "one token per request" if desc.uniform_token_count == 1 else "any"
+        name = f"{desc.cg_mode.name}, {one_each if desc.max_query_len is None else 'trees'}"
+        found.setdefault(name, set()).add(desc.num_tokens)
+    return {name: sorted(sizes) for name, sizes in found.items()}
+
+
+def _graphs_on_cpu() -> None:
+    """Functions for graphs, torch for FlashAttention, Triton's interpreter for kernels: as in ``tests/v2``."""
+    import sys
+
+    import pytest
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import flash_on_cpu
+    import graphs_on_cpu
+
+    flash_on_cpu.use()
+    graphs_on_cpu.use(pytest.MonkeyPatch())
 
 
 def _small(cpu: bool) -> dict[str, Any]:

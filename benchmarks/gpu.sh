@@ -4,9 +4,10 @@
 #   benchmarks/gpu.sh OUT [PART...]          on a GPU; without PARTs all of them, as far as the time goes
 #   benchmarks/gpu.sh --cpu OUT [PART...]    the same programs, tiny, on a machine without a GPU: do they run?
 #
-# PARTs: about, 8b, exactness, demo, kernels, sync, long, sizes, waits, 1b. Each has a time limit, and leaves a log and JSON files in
-# OUT, which is packed into OUT/all.tar.gz after every part. The end of the log is printed, and its first error. If a
-# part fails the others still run, and the status is 1. PYTHON: the interpreter. SECONDS_LEFT: for everything (530).
+# PARTs: about, graphs, 8b, exactness, demo, kernels, sync, long, sizes, waits, 1b; piecewise only if it is asked for.
+# Each has a time limit, and leaves a log and JSON files in OUT, which is packed into OUT/all.tar.gz after every part.
+# The end of the log is printed, and its first error. If a part fails the others still run, and the status is 1.
+# PYTHON: the interpreter. SECONDS_LEFT: for everything (530).
 set -uo pipefail
 
 cpu= patience=1
@@ -14,7 +15,7 @@ if [ "${1:-}" = --cpu ]; then cpu=--cpu patience=5; shift; fi
 if [ $# -lt 1 ]; then sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; fi
 root=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1" && out=$(cd "$1" && pwd) && shift || exit 2
-parts=${*:-about 8b exactness demo kernels sync long sizes waits 1b}
+parts=${*:-about graphs 8b exactness demo kernels sync long sizes waits 1b}
 python=${PYTHON:-python3}
 failed=0
 
@@ -66,10 +67,20 @@ for part in $parts; do
             limited "about-$method" 60 "$python" benchmarks/gpu.py about $cpu "$method" "$out/tiny"
         done
         ;;
+    graphs) # captured once, replayed for other trees
+        "$python" benchmarks/gpu.py shape tiny "$out/tiny"
+        if [ -n "$cpu" ]; then
+            PYTHONPATH="$root/tests/interpreter:$PYTHONPATH" TRITON_INTERPRET=1 \
+                limited graphs 90 "$python" benchmarks/gpu.py graphs --cpu "$out/tiny"
+        else
+            limited graphs 90 "$python" benchmarks/gpu.py graphs "$out/tiny"
+        fi
+        ;;
     8b) step_cost 8b $big $context 1,4,16 ;;
     1b) step_cost 1b $small $context 1,4,16 ;;
     long) step_cost long $big $((8 * context)) 1,4 ;; # 16 don't fit
     sync) step_cost sync $big $context 1,4,16 '"async_scheduling": false' ;;
+    piecewise) step_cost piecewise $big $context 1,4,16 '"compilation_config": {"cudagraph_mode": "PIECEWISE"}' ;;
     sizes)
         "$python" benchmarks/gpu.py shape $big "$out/$big"
         for method in stock prompt_lookup; do

@@ -31,11 +31,16 @@ def flash_attn_varlen_func(
     softmax_scale: float,
     causal: bool,
     block_table: torch.Tensor,
+    max_seqlen_q: int = 0,
     out: torch.Tensor | None = None,
     return_softmax_lse: bool = False,
+    scheduler_metadata: torch.Tensor | None = None,
+    num_splits: int = 0,
     **_: Any,
 ) -> Any:
     """What vLLM's function of this name computes over a paged cache, one sequence after the other.
+
+    FlashAttention 3 leaves out rows that are not in its schedule; here a schedule that isn't this call's is an error.
 
     Args:
         q: [tokens, heads, head_size].
@@ -46,9 +51,16 @@ def flash_attn_varlen_func(
         softmax_scale: factor of the scores.
         causal: the last query sees all keys, the one before it one less.
         block_table: int32 [rows, most blocks].
+        max_seqlen_q: at least as many as a sequence has queries.
         out: [tokens, heads, head_size], written if given.
         return_softmax_lse: also return the log-sum-exp, float32 [heads, tokens].
+        scheduler_metadata: what ``get_scheduler_metadata`` returned.
+        num_splits: as it was for ``get_scheduler_metadata``.
     """
+    assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q
+    if scheduler_metadata is not None:
+        expected = _schedule(cu_seqlens_q, seqused_k, max_seqlen_q, causal, num_splits)
+        assert torch.equal(scheduler_metadata, expected), "another step's schedule"
     out = torch.empty_like(q) if out is None else out
     lse = torch.full((q.shape[1], q.shape[0]), torch.inf)  # as FlashAttention 2 has it where there are no keys
     per_kv = q.shape[1] // k.shape[2]
@@ -72,6 +84,30 @@ def flash_attn_varlen_func(
     return (out, lse) if return_softmax_lse else out
 
 
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    causal: bool,
+    num_splits: int,
+    **_: Any,
+) -> torch.Tensor:
+    """int32 [n]: FlashAttention 3's schedule; here what it is made of."""
+    assert len(cache_seqlens) == batch_size == len(cu_seqlens_q) - 1
+    assert int(cache_seqlens.max()) <= max_seqlen_k
+    return _schedule(cu_seqlens_q, cache_seqlens, max_seqlen_q, causal, num_splits)
+
+
+def _schedule(
+    cu_seqlens_q: torch.Tensor, seqused_k: torch.Tensor, max_seqlen_q: int, causal: bool, num_splits: int
+) -> torch.Tensor:
+    numbers = torch.tensor([max_seqlen_q, causal, num_splits], dtype=torch.int32)
+    return torch.cat((numbers, cu_seqlens_q.diff(), seqused_k))
+
+
 def reshape_and_cache_flash(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -90,6 +126,7 @@ def reshape_and_cache_flash(
 
 STAND_INS = {
     "flash_attn_varlen_func": flash_attn_varlen_func,
+    "get_scheduler_metadata": get_scheduler_metadata,
     "reshape_and_cache_flash": reshape_and_cache_flash,
     "get_flash_attn_version": lambda *args, **kwargs: FA_VERSION,
 }

@@ -5,15 +5,18 @@ Attention's is in float64. They run under TRITON_INTERPRET=1 on a CPU, and as th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial as partial_call
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from proposers import DraftTree
-from vllm_lookahead.attention.packing import DeviceTrees, PackedTrees, TreePacker
-from vllm_lookahead.attention.triton_tree import Prefix, tree_attention
+from vllm_lookahead.attention import triton_tree
+from vllm_lookahead.attention.packing import DeviceTrees, GraphSize, PackedTrees, TreePacker
+from vllm_lookahead.attention.triton_tree import Prefix, tile_queries, tree_attention
 from vllm_lookahead.trees.kv import moves
 from vllm_lookahead.trees.rows import TreeRows
 from vllm_lookahead.trees.step import PLACEHOLDER, StepTrees, Walks, walk_all
@@ -92,6 +95,34 @@ def random_batch(
     trees = TreeRows.of(step, query_start, (prefixes + lengths).astype(np.int32))
     assert trees is not None
     return Batch(step, query_start, prefixes, trees)
+
+
+def decoding_batch(rng: np.random.Generator, rows: int, most_nodes: int, *, most_prefix: int = 70) -> Batch:
+    """A step that a full CUDA graph may stand for: trees, chains and rows without drafts, all of them tree rows."""
+    proposed = {}
+    for row in range(rows):
+        kind, nodes = rng.integers(3), int(rng.integers(2, most_nodes + 1))
+        if kind < 2:
+            proposed[str(row)] = random_tree(rng, nodes) if kind else DraftTree.chain(rng.integers(0, TOKENS, nodes))
+    names = [str(row) for row in range(rows)]
+    step = StepTrees.build(names, {key: tree.token_ids.tolist() for key, tree in proposed.items()}, proposed)
+    lengths, prefixes = np.diff(step.starts) + 1, rng.integers(0, most_prefix, rows) * (rng.random(rows) < 0.7)
+    query_start = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    every_row = replace(step, branched=np.ones(rows, np.bool_))
+    trees = TreeRows.of(every_row, query_start, (prefixes + lengths).astype(np.int32))
+    assert trees is not None
+    return Batch(step, query_start, prefixes, trees)
+
+
+def place_in(size: GraphSize, packer: TreePacker, batch: Batch, device: str) -> PackedTrees:
+    """A batch's trees on a device, complete, for a graph of this size."""
+    seq_lens = (batch.trees.prefixes + batch.trees.lengths).astype(np.int32)
+    trees = packer(batch.step, batch.query_start, seq_lens, size)
+    padded = np.zeros(size.rows, np.int32)
+    padded[: len(seq_lens)] = seq_lens
+    place(trees, torch.from_numpy(padded).to(device), torch.zeros(size.tokens, dtype=torch.int64, device=device))
+    assert trees.packed is not None
+    return trees.packed
 
 
 def send(batch: Batch, device: torch.device) -> DeviceTrees:
@@ -241,6 +272,89 @@ def check_merge(
         assert_close(output.cpu()[tokens], part, TOLERANCE[dtype], "output")
         packed = slice(int(trees.offsets[row]), int(trees.offsets[row + 1]))
         assert_close(merged_lse.cpu()[:, packed], part_lse, LSE_TOLERANCE[device], "log-sum-exp")
+
+
+def recorded(run: Callable[[], None], device: str) -> Callable[[], None]:
+    """Run something that launches the kernel of tree attention once, and return what launches that again: a CUDA graph.
+
+    Without a GPU the same grid, numbers and addresses are handed to the kernel.
+    """
+    if device == "cuda":
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+    kernel, launches = triton_tree.tree_kernel, []
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **kwargs: launches.append((grid, args, kwargs))
+
+    triton_tree.tree_kernel = Launcher()
+    try:
+        run()
+    finally:
+        triton_tree.tree_kernel = kernel
+    ((grid, args, kwargs),) = launches
+    return lambda: kernel[grid](*args, **kwargs)
+
+
+def check_replays(
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    rows: int = 4,
+    nodes: int = 20,
+) -> None:
+    """The kernel as launched for one step, on what other steps of any size left at its addresses."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    batches = [decoding_batch(rng, int(rng.integers(1, rows + 1)), nodes) for _ in range(3)]
+    spare = int(rng.integers(0, 9))
+    size = GraphSize(rows, max(int(batch.query_start[-1]) for batch in batches) + spare + rows, 70)
+    packer = TreePacker(torch.device(device), size.tokens, rows, nodes, tile_queries(heads // kv_heads))
+    scale, replay = head_size**-0.5, None
+    product = torch.empty(size.tokens, heads + 2 * kv_heads, head_size, dtype=dtype, device=device)
+    query, key, value = product.split([heads, kv_heads, kv_heads], dim=1)
+    partial = torch.empty(size.tokens, heads, head_size, dtype=dtype, device=device)
+    lse = torch.empty(heads, size.tokens, device=device)
+    output = torch.empty_like(partial)
+    for batch in batches:
+        trees, count = batch.trees, int(batch.query_start[-1])
+        product.copy_(torch.randn(product.shape, generator=generator))
+        partial.fill_(torch.nan)
+        lse.fill_(torch.nan)  # what FlashAttention says about nothing: nobody knows
+        expected = torch.empty(count, heads, head_size, dtype=torch.float64)
+        for row, prefix in enumerate(trees.prefixes.tolist()):
+            here = torch.from_numpy(trees.tokens[trees.offsets[row] : trees.offsets[row + 1]])
+            q, k, v = (part.cpu()[here] for part in (query, key, value))
+            before = random_qkv(generator, prefix, heads, kv_heads, head_size, dtype)[1:]
+            everything = torch.ones(len(here), prefix, dtype=torch.bool)
+            if prefix:
+                part, part_lse = dense(q, *before, everything, scale)
+                partial[here], lse[:, here] = part.to(partial), part_lse.to(lse)
+            sees = torch.cat((everything, tree_mask(trees, row)), 1)
+            expected[here] = dense(q, torch.cat((before[0], k)), torch.cat((before[1], v)), sees, scale)[0]
+        packed = place_in(size, packer, batch, device)
+        output.fill_(UNTOUCHED)
+        if replay is None:
+            run = partial_call(tree_attention, query, key, value, packed, scale, output, Prefix(partial, lse))
+            replay = recorded(run, device)
+            output.fill_(UNTOUCHED)
+        replay()
+        assert_close(output.cpu()[:count], expected, TOLERANCE[dtype], "output")
+        assert bool((output[count:] == UNTOUCHED).all()), "padding was written"
+        eager = TreePacker(torch.device(device), size.tokens, rows, nodes, packer.tile_queries)
+        seq_lens = (trees.prefixes + trees.lengths).astype(np.int32)
+        alone = eager(replace(batch.step, branched=np.ones(len(trees.rows), np.bool_)), batch.query_start, seq_lens)
+        place(alone, torch.from_numpy(seq_lens).to(device), torch.zeros(count, dtype=torch.int64, device=device))
+        assert alone.packed is not None
+        again = torch.full_like(output, UNTOUCHED)
+        tree_attention(query, key, value, alone.packed, scale, again, Prefix(partial, lse))
+        assert torch.equal(output, again), "a replay differs from the same step outside of a graph"
 
 
 def check_walk(seed: int, device: str, *, refuses: bool, rows: int = 4, nodes: int = 24, wider: int = 0) -> int:

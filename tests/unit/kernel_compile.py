@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_lookahead.attention.packing import WORD_BITS
-from vllm_lookahead.attention.triton_tree import BLOCK_ROWS, tree_kernel
+from vllm_lookahead.attention.triton_tree import LEAST_ROWS, tile_queries, tree_kernel
 from vllm_lookahead.v2.kernels.commit import MOVES, commit_kernel
 from vllm_lookahead.v2.kernels.place import BLOCK_NODES, place_kernel
 from vllm_lookahead.v2.kernels.walk import num_warps, walk_kernel
@@ -20,12 +20,14 @@ POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 def compile_tree_kernel(capability: int, dtype: str, head_size: int, per_kv: int = 4) -> Any:
     """As a step with tree rows calls it: with a prefix, strides and addresses as they are in a model."""
     tensors = dict.fromkeys(("query", "key", "value", "output", "prefix_output"), POINTERS[dtype])
-    numbers = dict.fromkeys(("lse", "offsets", "firsts", "prefixes", "mask"), "*i32")
+    numbers = dict.fromkeys(("lse", "tile_rows", "tile_starts", "offsets", "firsts", "prefixes", "mask"), "*i32")
+    queries = tile_queries(per_kv)
     constants = {
         "PER_KV": per_kv,
         "HEAD_SIZE": head_size,
         "BLOCK_D": triton.next_power_of_2(head_size),
-        "BLOCK_M": BLOCK_ROWS,
+        "QUERIES": queries,
+        "BLOCK_M": max(LEAST_ROWS, triton.next_power_of_2(queries * per_kv)),
         "BLOCK_N": WORD_BITS,
         "MERGE": True,
         "STORE_LSE": False,

@@ -78,20 +78,28 @@ def impl(calls: list[dict[str, Any]]) -> flash.TreeFlashAttentionImpl:
     return flash.TreeFlashAttentionImpl(HEADS, HEAD_SIZE, SCALE, KV_HEADS, None, None, "auto")
 
 
-def new_builder() -> flash.TreeFlashAttentionMetadataBuilder:
-    """A builder with what vLLM's ``build`` reads; the real constructor wants a whole engine."""
+def new_builder(*, schedules: bool = False) -> flash.TreeFlashAttentionMetadataBuilder:
+    """A builder with what vLLM's ``build`` reads; the real constructor wants a whole engine.
+
+    ``schedules``: as with FlashAttention 3.
+    """
     builder = object.__new__(flash.TreeFlashAttentionMetadataBuilder)
     vars(builder).update(
-        aot_schedule=False,
-        aot_sliding_window=None,
+        aot_schedule=schedules,
+        aot_sliding_window=(-1, -1) if schedules else None,
         block_size=BLOCK_SIZE,
         cache_config=SimpleNamespace(cache_dtype="auto"),
         dcp_world_size=1,
         kv_cache_dtype=torch.float32,
+        dummy_trees=None,
+        headdim=HEAD_SIZE,
         kv_cache_spec=SimpleNamespace(sliding_window=None),
         max_cudagraph_size=None,
+        max_num_splits=0,
         mm_prefix_query_ranges_np=None,
         model_config=SimpleNamespace(is_mm_prefix_lm=False),
+        num_heads_kv=KV_HEADS,
+        num_heads_q=HEADS,
         rswa_window=None,
         trees=None,
         use_full_cuda_graph=False,
@@ -100,7 +108,7 @@ def new_builder() -> flash.TreeFlashAttentionMetadataBuilder:
 
 
 def run(
-    impl: flash.TreeFlashAttentionImpl, batch: Batch, seed: int, *, trees: bool = True
+    impl: flash.TreeFlashAttentionImpl, batch: Batch, seed: int, *, trees: bool = True, schedules: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, flash.FlashAttentionMetadata]:
     """Attention for a batch through vLLM's code, and what it should be; root and nodes see a tree, others a chain."""
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
@@ -137,7 +145,7 @@ def run(
         block_table_tensor=table,
         slot_mapping=slot_mapping,
     )
-    builder = new_builder()
+    builder = new_builder(schedules=schedules)
     builder.trees = pack(batch, torch.device("cpu")) if trees else None
     metadata = builder.build(0, common)
     assert builder.trees is None, "trees are good for one step"
@@ -191,6 +199,20 @@ def test_nothing_but_trees_needs_no_call_for_the_rest(
     assert call["q"]._is_view(), "neighbouring rows need no gathering"
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_both_calls_have_schedules_of_their_own(
+    mixed: bool, impl: flash.TreeFlashAttentionImpl, calls: list[dict[str, Any]]
+) -> None:
+    """Made once for all layers; ``flash_on_cpu`` takes no other call's."""
+    batch = random_batch(np.random.default_rng(1), 5, 20, mixed=mixed)
+    output, expected, metadata = run(impl, batch, 1, schedules=True)
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=3e-6)
+    assert isinstance(metadata, flash.TreeFlashAttentionMetadata)
+    assert len(calls) == 1 + mixed
+    assert all(call["scheduler_metadata"] is not None for call in calls)
+    assert calls[-1]["scheduler_metadata"] is metadata.tree_schedule
+
+
 def test_no_row_has_a_prefix(impl: flash.TreeFlashAttentionImpl, calls: list[dict[str, Any]]) -> None:
     batch = random_batch(np.random.default_rng(3), 3, 20, mixed=False, most_prefix=1)
     assert batch.prefixes.max() == 0
@@ -240,8 +262,8 @@ PROBLEMS = {
     "layers that share a KV cache": {"kv_sharing_target_layer_name": "model.layers.0"},
     "a head size of 72, not a multiple of 16 up to 256": {"head_size": 72},
     "a head size of 512, not a multiple of 16 up to 256": {"head_size": 512},
-    "FlashAttention 4's kernel for a head size of 256": {"fa4_hd256": True},
     "FlashAttention version None": {"vllm_flash_attn_version": None},
+    "FlashAttention version 4": {"vllm_flash_attn_version": 4},
     "context parallelism": {"total_cp_world_size": 2},
     "encoder attention": {"attn_type": "encoder"},
 }

@@ -97,7 +97,9 @@ def test_warm_up_compiles_for_the_largest_tree_of_the_engine(most: int, monkeypa
     cpu = torch.device("cpu")
     packer = TreePacker(cpu, 4096, 3, most)
     runner = object.__new__(LookaheadCUDARunner)
-    vars(runner).update(device=cpu, input_buffers=buffers, num_speculative_steps=most, _packer=packer, _texts={})
+    vars(runner).update(
+        device=cpu, input_buffers=buffers, num_speculative_steps=most, _packer=packer, _texts={}, _graph=None
+    )
     tree = DraftTree.from_parents(range(most), [max(-1, i - 2) for i in range(most)])
     tokens = tree.token_ids.tolist()
     step = StepTrees.build(["a", "b", "c"], {"a": tokens, "b": tokens[:1], "c": tokens}, {"a": tree, "c": tree})
@@ -155,13 +157,13 @@ def test_no_full_graph_ever_stands_for_a_step_with_trees(
     assert mode.has_full_cudagraphs() == asked.has_full_cudagraphs(), "steps without drafts keep theirs"
 
 
-def test_full_graphs_are_for_steps_without_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_full_graphs_are_for_steps_without_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
     monkeypatch.setattr(
         LookaheadV2RunnerMixin, "initialize_kv_cache", lambda self, config: lengths.append(self.decode_query_len)
     )
     runner = object.__new__(LookaheadCUDARunner)
-    runner.decode_query_len = 49
+    runner.decode_query_len, runner.trees_verifiable = 49, False
     runner.initialize_kv_cache(None)
     assert lengths == [1], "what vLLM captures graphs for"
     assert runner.decode_query_len == 49, "what a request's logits take at most"

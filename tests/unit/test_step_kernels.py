@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,71 @@ def test_every_step_lies_at_the_same_addresses() -> None:
         assert all(part.data_ptr() % (4 * ALIGNMENT) == 0 for part in parts)
         seen.add(tuple(part.data_ptr() for part in parts))
     assert len(seen) == 1
+
+
+@runs_kernels
+@settings(max_examples=25)
+@given(seeds, st.integers(1, 5), st.integers(2, 40), st.integers(1, 9), st.integers(0, 30))
+def test_a_graph_finds_every_step_at_its_addresses(seed: int, rows: int, nodes: int, queries: int, spare: int) -> None:
+    """Sizes and numbers are the graph's, padding asks for nothing, and nothing is left of earlier steps."""
+    from kernel_checks import decoding_batch, place_in, tree_mask
+
+    from vllm_lookahead.attention.packing import GraphSize, most_tiles
+
+    rng = np.random.default_rng(seed)
+    batches = [decoding_batch(rng, int(rng.integers(1, rows + 1)), nodes) for _ in range(3)]
+    size = GraphSize(rows, max(int(batch.query_start[-1]) for batch in batches) + rows + spare, 70)
+    packer = TreePacker(torch.device(DEVICE), size.tokens, rows, nodes, queries)
+    seen = set()
+    for batch in batches:
+        packed, trees, real = place_in(size, packer, batch, DEVICE), batch.trees, len(batch.prefixes)
+        values = {field.name: getattr(packed, field.name) for field in fields(packed)}
+        assert values.pop("num_rows") == real
+        seen.add(tuple((v.data_ptr(), *v.shape) if isinstance(v, torch.Tensor) else repr(v) for v in values.values()))
+        count, lengths = len(trees.tokens), trees.lengths.tolist()
+        assert packed.offsets.tolist() == trees.offsets.tolist() + [count] * (rows - real)
+        assert packed.lengths.tolist() == lengths + [0] * (rows - real)
+        assert packed.prefixes.tolist() == trees.prefixes.tolist() + [0] * (rows - real)
+        assert packed.firsts[:real].tolist() == trees.offsets[:-1].tolist(), "packed order is the batch's"
+        tiles = [(row, start) for row, length in enumerate(lengths) for start in range(0, length, queries)]
+        listed = list(zip(packed.tile_rows.tolist(), packed.tile_starts.tolist(), strict=True))
+        assert listed == tiles + [(-1, 0)] * (most_tiles(rows, size.tokens, queries) - len(tiles))
+        for row, length in enumerate(lengths):
+            words = packed.mask[trees.offsets[row] : trees.offsets[row + 1]].cpu().numpy()
+            bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").astype(np.bool_)
+            assert np.array_equal(bits[:, :length], tree_mask(trees, row).numpy())
+        assert packed.longest >= max(lengths)
+        assert packed.gather(torch.arange(size.tokens)).tolist() == list(range(size.tokens))
+    assert len(seen) == 1
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(0, 5), st.integers(0, 30), st.integers(1, 40))
+def test_there_is_room_for_all_tiles(lengths: list[int], more_rows: int, more: int, queries: int) -> None:
+    from vllm_lookahead.attention.packing import most_tiles
+
+    tiles = sum(-(-length // queries) for length in lengths)
+    rows, tokens = len(lengths) + more_rows, sum(lengths) + more
+    assert tiles <= most_tiles(rows, tokens, queries) <= tokens
+    most = min(rows, tokens)
+    worst = [1 + (tokens - most) // queries * queries] + [1] * (most - 1)
+    assert most_tiles(rows, tokens, queries) == sum(-(-length // queries) for length in worst), "no more than that"
+
+
+def test_a_step_that_no_graph_stands_for() -> None:
+    from vllm_lookahead.attention.packing import GraphSize
+
+    tree = DraftTree.from_parents([1, 2, 3], [ROOT, ROOT, 0])
+    step = StepTrees.build(["a", "b"], {"a": [1, 2, 3]}, {"a": tree})
+    packer, seq_lens = TreePacker(torch.device("cpu"), 9, 4, 3), np.array([9, 9], np.int32)
+    assert packer(step, np.array([0, 4, 5], np.int32), seq_lens, GraphSize(2, 5, 9)).packed is not None
+    for starts, size in (
+        ([0, 4, 5], GraphSize(1, 8, 9)),  # too few rows
+        ([0, 4, 5], GraphSize(2, 4, 9)),  # too few tokens
+        ([0, 4, 7], GraphSize(2, 8, 9)),  # tokens of a prompt
+    ):
+        with pytest.raises(ValueError, match="in GraphSize"):
+            packer(step, np.array(starts, np.int32), seq_lens, size)
 
 
 def test_neighbours_are_a_span() -> None:

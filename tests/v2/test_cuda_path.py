@@ -69,8 +69,14 @@ def test_without_asynchronous_scheduling(demo_model: str, stock: LLM, encode: En
 # ---- the check at start-up
 
 
+def found_in(llm: LLM) -> str | None:
+    """What the check says of an engine's layers."""
+    runner = runner_of(llm)
+    return self_check.problem(runner._with_builders, torch.float32, runner._packer.tile_queries)
+
+
 def test_nothing_is_found_where_nothing_is_wrong(over_torch: LLM) -> None:
-    assert self_check.problem(runner_of(over_torch)._layers, torch.float32) is None
+    assert found_in(over_torch) is None
 
 
 def short_walk(*arguments: Any) -> DeviceWalks:
@@ -96,7 +102,7 @@ def test_a_wrong_kernel_is_found(
     place: tuple[Any, str], wrong: Any, found: str, over_torch: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(*place, wrong)
-    assert found in str(self_check.problem(runner_of(over_torch)._layers, torch.float32))
+    assert found in str(found_in(over_torch))
 
 
 def test_a_kernel_that_fails_is_found(over_torch: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +110,7 @@ def test_a_kernel_that_fails_is_found(over_torch: LLM, monkeypatch: pytest.Monke
         raise RuntimeError("no such instruction\nin line 7")
 
     monkeypatch.setattr(self_check, "walk", fail)
-    problem = self_check.problem(runner_of(over_torch)._layers, torch.float32)
-    assert problem == "its kernels can't be run on this device (RuntimeError: no such instruction)"
+    assert found_in(over_torch) == "its kernels can't be run on this device (RuntimeError: no such instruction)"
 
 
 def test_where_attention_is_wrong_drafts_are_chains(
@@ -113,7 +118,7 @@ def test_where_attention_is_wrong_drafts_are_chains(
 ) -> None:
     """And the output is still stock vLLM's."""
     attend = "vllm_lookahead.attention.flash.TreeFlashAttentionImpl.attend_trees"
-    monkeypatch.setattr(attend, lambda self, query, key, value, cache, trees, blocks, output: output.fill_(1.0))
+    monkeypatch.setattr(attend, lambda self, query, key, value, cache, metadata, output: output.fill_(1.0))
     requests = [Request(tuple(encode(p))[:24], greedy(max_tokens=10)) for p in PROMPTS[:3]]
     with engine(demo_model, TREES, **SMALL) as ours, TreeSpy.on(ours) as spy:
         assert not runner_of(ours).trees_verifiable

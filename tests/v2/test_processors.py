@@ -11,9 +11,10 @@ from engine.cases import Encode, either
 from engine.engines import Request, TreeSpy, assert_same, engine, run, runner_of, token_ids
 from engine.prompts import CHATS, PROMPTS
 from engine.test_engine_features import adapter
-from vllm import LLM, RequestOutput
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config.reasoning import ReasoningConfig
 from vllm.lora.request import LoRARequest
+from vllm.v1.worker.gpu.sample import sampler as sampler_module
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
 from .conftest import SMALL
@@ -84,3 +85,30 @@ def test_lora(demo_model: str, adapter: LoRARequest, encode: Encode, tmp_path: P
     for one, other in zip(expected, got, strict=True):
         assert_same(one, other, ["LoRA"] * len(requests))
     assert spy.verified >= 3
+
+
+def test_greedy_rows_are_compared_as_the_model_gave_them(ours: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a copy to float32, which would keep order and ties; of equal logits the first counts, wherever it is."""
+    sampler = runner_of(ours).sampler
+    states, vocab_size = sampler.sampling_states, runner_of(ours).vocab_size
+    states.add_request(0, SamplingParams(temperature=0.0))
+    states.apply_staged_writes()
+    logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    logits[0, [2050, 7, 1030, 8]] = 9.0
+    logits[1, [vocab_size - 1, 1023, 1024]] = 9.0
+    assert (logits[2] == logits[2].max()).sum() == 1
+    seen = []
+
+    def gumbel_sample(
+        given: torch.Tensor, *args: Any, sample: Any = sampler_module.gumbel_sample, **kwargs: Any
+    ) -> Any:
+        seen.append((given.dtype, given.data_ptr()))
+        return sample(given, *args, **kwargs)
+
+    monkeypatch.setattr(sampler_module, "gumbel_sample", gumbel_sample)
+    slots, places = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    sampled, _ = sampler.sample(
+        logits, slots, slots[:1], slots[:1].numpy(), places, places.int(), places.int(), places[:1].numpy()
+    )
+    assert seen == [(torch.bfloat16, logits.data_ptr())]
+    assert sampled.tolist() == [7, 1023, int(logits[2].float().numpy().argmax())]

@@ -14,6 +14,7 @@ left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -39,11 +40,15 @@ class TreeFlashAttentionMetadata(FlashAttentionMetadata):
     Attributes:
         trees: the step's tree rows.
         tree_blocks: int32 [tree rows, blocks], their cache blocks.
+        tree_schedule: int32 [n], FlashAttention 3's schedule for what is before their roots; None: it makes its own.
+        tree_splits: into how many parts it may split a row's keys; 0: as it likes.
         only_trees: every token of the batch belongs to a tree row's root or nodes.
     """
 
     trees: PackedTrees | None = None
     tree_blocks: torch.Tensor | None = None
+    tree_schedule: torch.Tensor | None = None
+    tree_splits: int = 0
     only_trees: bool = False
 
 
@@ -52,15 +57,27 @@ class TreeFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
 
     The runner sets ``trees`` before vLLM builds the step's metadata; they are good for that one time, so that a dummy
     run never meets the trees of a step that is over.
+
+    Attributes:
+        trees: the step's.
+        dummy_trees: what stands for trees in a dummy run with a graph of trees, its capture above all; None if there
+            are no such graphs.
     """
 
-    # A full CUDA graph replays attention as it was captured. Those of one token per request (the runner sees to that
-    # size) never stand for a step with trees; any other step runs piecewise, where attention is called as usual.
+    # A full CUDA graph replays attention as it was captured. vLLM's are those of one token per request (the runner sees
+    # to that size), and never stand for a step with trees; those of trees are ``v2.cuda_graphs``' matter.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.trees: PackedTrees | None = None
+        self.dummy_trees: Callable[[CommonAttentionMetadata], PackedTrees] | None = None
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
+        """As vLLM's; a graph for more than one token per request is one of trees."""
+        if common_attn_metadata.max_query_len > 1 and self.dummy_trees is not None:
+            self.trees = self.dummy_trees(common_attn_metadata)
+        return super().build_for_cudagraph_capture(common_attn_metadata)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -70,18 +87,41 @@ class TreeFlashAttentionMetadataBuilder(FlashAttentionMetadataBuilder):
         if trees is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = common_attn_metadata
-        starts = common.query_start_loc_cpu.numpy()
-        only_trees = trees.num_tokens == starts[-1]
+        only_trees = trees.num_tokens == common.num_actual_tokens
         if not only_trees:
             common = replace(common, seq_lens=common.seq_lens.index_copy(0, trees.rows, trees.stock_lens))
         # nothing to schedule for a call that won't be made
         stock = super().build(0, common, fast_build or only_trees)
         used = -(-max(1, trees.longest_prefix) // self.block_size)
         blocks = common.block_table_tensor[:, :used]
-        if trees.num_rows != common.num_reqs:
+        if len(trees.rows) != common.num_reqs:
             blocks = blocks.index_select(0, trees.rows)
-        values = {field.name: getattr(stock, field.name) for field in fields(FlashAttentionMetadata)}
-        return TreeFlashAttentionMetadata(**values, trees=trees, tree_blocks=blocks, only_trees=only_trees)
+        splits = self.max_num_splits if trees.captured else 0
+        return TreeFlashAttentionMetadata(
+            **{field.name: getattr(stock, field.name) for field in fields(FlashAttentionMetadata)},
+            trees=trees,
+            tree_blocks=blocks,
+            tree_schedule=self._tree_schedule(trees, splits),
+            tree_splits=splits,
+            only_trees=only_trees,
+        )
+
+    def _tree_schedule(self, trees: PackedTrees, splits: int) -> torch.Tensor | None:
+        """See ``TreeFlashAttentionMetadata.tree_schedule``; for a graph at the address that it reads."""
+        if trees.longest_prefix == 0:
+            return None
+        schedule = self._get_scheduler_metadata(
+            aot_schedule=self.aot_schedule,
+            batch_size=len(trees.rows),
+            cu_query_lens=trees.offsets,
+            max_query_len=trees.longest,
+            seqlens=trees.prefixes,
+            max_seq_len=trees.longest_prefix,
+            causal=False,
+            max_num_splits=splits,
+        )
+        # vLLM's own place is free: no graph holds both calls
+        return self._store_scheduler_metadata(schedule) if trees.captured else schedule
 
 
 class TreeFlashAttentionImpl(FlashAttentionImpl):
@@ -106,7 +146,7 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         if trees is not None:
-            self.attend_trees(query, key, value, kv_cache, trees, attn_metadata.tree_blocks, output)
+            self.attend_trees(query, key, value, kv_cache, attn_metadata, output)
         return output
 
     def attend_trees(
@@ -115,8 +155,7 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        trees: PackedTrees,
-        blocks: torch.Tensor,
+        metadata: TreeFlashAttentionMetadata,
         output: torch.Tensor,
     ) -> None:
         """Attention of the tree rows' roots and nodes; the rest of ``output`` is left alone.
@@ -126,15 +165,16 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
             key: [tokens, num_kv_heads, head_size].
             value: [tokens, num_kv_heads, head_size].
             kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
-            trees: the tree rows.
-            blocks: int32 [tree rows, blocks], their cache blocks.
+            metadata: with tree rows.
             output: [tokens, num_heads, head_size], written.
         """
-        prefix = self._attend_prefix(trees.gather(query), kv_cache, trees, blocks)
+        trees = metadata.trees
+        assert trees is not None
+        prefix = self._attend_prefix(trees.gather(query), kv_cache, trees, metadata)
         tree_attention(query, key, value, trees, self.scale, output, prefix)
 
     def _attend_prefix(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, trees: PackedTrees, blocks: torch.Tensor
+        self, query: torch.Tensor, kv_cache: torch.Tensor, trees: PackedTrees, metadata: TreeFlashAttentionMetadata
     ) -> Prefix | None:
         """FlashAttention of the packed queries over what lies before their root; None if nothing does.
 
@@ -142,7 +182,7 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
             query: [packed, num_heads, head_size].
             kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
             trees: the tree rows.
-            blocks: int32 [tree rows, blocks], their cache blocks.
+            metadata: theirs.
         """
         if trees.longest_prefix == 0:
             return None
@@ -160,8 +200,10 @@ class TreeFlashAttentionImpl(FlashAttentionImpl):
             max_seqlen_k=trees.longest_prefix,
             softmax_scale=self.scale,
             causal=False,
-            block_table=blocks,
+            block_table=metadata.tree_blocks,
             return_softmax_lse=True,
+            scheduler_metadata=metadata.tree_schedule,
+            num_splits=metadata.tree_splits,
             fa_version=self.vllm_flash_attn_version,
         )
         return Prefix(output, lse)
@@ -211,9 +253,9 @@ def unsupported_reason(impl: Any, builder: Any, kv_cache: torch.Tensor, dtype: t
         return "layers that share a KV cache"
     if impl.head_size not in HEAD_SIZES:
         return f"a head size of {impl.head_size}, not a multiple of 16 up to {HEAD_SIZES[-1]}"
-    if getattr(impl, "fa4_hd256", False):
-        return "FlashAttention 4's kernel for a head size of 256"
-    if impl.vllm_flash_attn_version not in (2, 3, 4):
+    if impl.vllm_flash_attn_version not in (2, 3):
+        # FlashAttention 4 compiles a kernel for each kind of call, and vLLM has none compiled for ours before requests
+        # come: the first ones would wait for that
         return f"FlashAttention version {impl.vllm_flash_attn_version}"
     if impl.total_cp_world_size > 1:
         return "context parallelism"

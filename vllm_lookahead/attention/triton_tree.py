@@ -20,10 +20,17 @@ from vllm_lookahead.attention.packing import WORD_BITS, PackedTrees
 HEAD_SIZES = range(16, 257, 16)
 """Head sizes that the kernel takes: what tensor cores can multiply, without masks that nobody needs."""
 
-BLOCK_ROWS = 32
+TILE_ROWS = 32
 """Rows of a tile: queries times the heads that share a kv head."""
+LEAST_ROWS = 16
+"""What tensor cores multiply at least."""
 LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634
+
+
+def tile_queries(heads_per_kv: int) -> int:
+    """How many queries a tile should have, by the number of heads that share a kv head; any number is right."""
+    return max(1, TILE_ROWS // max(1, heads_per_kv))
 
 
 class Prefix(NamedTuple):
@@ -47,11 +54,11 @@ def tree_attention(
     output: torch.Tensor,
     prefix: Prefix | None = None,
     lse: torch.Tensor | None = None,
-    block_rows: int = BLOCK_ROWS,
 ) -> None:
     """Attention of the tree rows' tokens; the other rows of ``output`` are left alone.
 
-    All of one floating type, the last dimension contiguous, the others with any stride.
+    All of one floating type, the last dimension contiguous, the others with any stride. What is launched depends on
+    shapes and on numbers that the host knows, so that a CUDA graph can be replayed for other trees of the same sizes.
 
     Args:
         query: [tokens, num_heads, head_size], the flattened batch.
@@ -62,15 +69,13 @@ def tree_attention(
         output: [tokens, num_heads, head_size], written.
         prefix: to be merged with; None: attention among the tree's tokens alone.
         lse: float32 [num_heads, packed], written if given: log-sum-exp of what ``output`` covers.
-        block_rows: tile height, a power of two from 16 on.
     """
     heads, head_size = query.shape[1:]
     kv_heads = key.shape[1]
     per_kv = heads // kv_heads
-    blocks = triton.cdiv(trees.longest * per_kv, block_rows)
     merged = prefix if prefix is not None else Prefix(output, trees.offsets)
     stored = lse if lse is not None else trees.offsets
-    tree_kernel[(blocks, kv_heads, trees.num_rows)](
+    tree_kernel[(len(trees.tile_rows), kv_heads)](
         query,
         key,
         value,
@@ -78,6 +83,8 @@ def tree_attention(
         merged.output,
         merged.lse,
         stored,
+        trees.tile_rows,
+        trees.tile_starts,
         trees.offsets,
         trees.firsts,
         trees.prefixes,
@@ -99,7 +106,8 @@ def tree_attention(
         PER_KV=per_kv,
         HEAD_SIZE=head_size,
         BLOCK_D=triton.next_power_of_2(head_size),
-        BLOCK_M=block_rows,
+        QUERIES=trees.tile_queries,
+        BLOCK_M=max(LEAST_ROWS, triton.next_power_of_2(trees.tile_queries * per_kv)),
         BLOCK_N=WORD_BITS,
         MERGE=prefix is not None,
         STORE_LSE=lse is not None,
@@ -119,6 +127,8 @@ def tree_kernel(  # type: ignore[no-untyped-def]
     prefix_output,
     prefix_lse,
     lse,
+    tile_rows,  # int32 [tiles]
+    tile_starts,  # int32 [tiles]
     offsets,  # int32 [rows + 1]
     firsts,  # int32 [rows]
     prefixes,  # int32 [rows]
@@ -142,28 +152,29 @@ def tree_kernel(  # type: ignore[no-untyped-def]
     PER_KV: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MERGE: tl.constexpr,
     STORE_LSE: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """One tile: ``BLOCK_M`` pairs of a query and a head of one kv head, over all keys that they can see.
+    """One tile: ``QUERIES`` queries with the heads of one kv head, over all keys that they can see.
 
-    ``BLOCK_N`` keys are one word of the mask. Grid: tiles of the longest row, kv heads, tree rows.
+    ``BLOCK_N`` keys are one word of the mask. Grid: tiles, kv heads.
     """
-    tile = tl.program_id(0)
+    row = tl.load(tile_rows + tl.program_id(0))
+    if row < 0:
+        return
     kv_head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(2)
+    tile_start = tl.load(tile_starts + tl.program_id(0))
     begin = tl.load(offsets + row)
     length = tl.load(offsets + row + 1) - begin
-    if tile * BLOCK_M >= length * PER_KV:
-        return
     first = tl.load(firsts + row).to(tl.int64)
-    pair = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    node = pair // PER_KV
+    pair = tl.arange(0, BLOCK_M)
+    node = tile_start + pair // PER_KV
     head = kv_head * PER_KV + pair % PER_KV
-    real = node < length
+    real = (pair < QUERIES * PER_KV) & (node < length)
     dim = tl.arange(0, BLOCK_D)
     inside = dim < HEAD_SIZE
 
@@ -180,7 +191,7 @@ def tree_kernel(  # type: ignore[no-untyped-def]
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     # parents come before children: no query of the tile sees a key behind the tile's last query
-    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // PER_KV, length - 1)
+    last = tl.minimum(tile_start + QUERIES, length) - 1
     for start in range(0, last + 1, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         there = column < length
@@ -214,7 +225,7 @@ def tree_kernel(  # type: ignore[no-untyped-def]
     packed = (begin + node).to(tl.int64)
     if MERGE:
         # whatever a backend says about an empty prefix (-inf, +inf or nothing) must not be looked at
-        read = node < tl.where(tl.load(prefixes + row) > 0, length, 0)
+        read = real & (node < tl.where(tl.load(prefixes + row) > 0, length, 0))
         before = tl.load(
             prefix_lse + head * prefix_lse_head + packed * prefix_lse_token, mask=read, other=float("-inf")
         )

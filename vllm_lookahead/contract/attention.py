@@ -91,9 +91,39 @@ ATTENTION_CUDA: tuple[Part, ...] = (
         ("common_prefix_len", "common_attn_metadata", "fast_build"),
         exactly=True,
     ),
+    Function(
+        f"{FLASH_ATTN}:FlashAttentionMetadataBuilder.build_for_cudagraph_capture",
+        ("common_attn_metadata",),
+        exactly=True,
+    ),
+    Function(
+        f"{FLASH_ATTN}:FlashAttentionMetadataBuilder._get_scheduler_metadata",
+        (
+            "aot_schedule",
+            "batch_size",
+            "cu_query_lens",
+            "max_query_len",
+            "seqlens",
+            "max_seq_len",
+            "causal",
+            "max_num_splits",
+        ),
+        exactly=True,
+    ),
+    Function(
+        f"{FLASH_ATTN}:FlashAttentionMetadataBuilder._store_scheduler_metadata", ("scheduler_metadata",), exactly=True
+    ),
     Attributes(
         f"{FLASH_ATTN}:FlashAttentionMetadataBuilder",
-        ("_cudagraph_support", "block_size", "get_cudagraph_support", "model_config", "rswa_window"),
+        (
+            "_cudagraph_support",
+            "aot_schedule",
+            "block_size",
+            "get_cudagraph_support",
+            "max_num_splits",
+            "model_config",
+            "rswa_window",
+        ),
     ),
     Function(f"{FLASH_ATTN}:FlashAttentionImpl.forward", FORWARD, exactly=True),
     Attributes(
@@ -129,6 +159,8 @@ ATTENTION_CUDA: tuple[Part, ...] = (
             "causal",
             "block_table",
             "return_softmax_lse",
+            "scheduler_metadata",
+            "num_splits",
             "fa_version",
         ),
     ),

@@ -8,6 +8,7 @@ GPU = "vllm.v1.worker.gpu"
 RUNNER = f"{GPU}.model_runner:GPUModelRunner"
 SAMPLER = f"{GPU}.sample.sampler:Sampler"
 REJECTION = f"{GPU}.spec_decode.rejection_sampler"
+GRAPHS = f"{GPU}.cudagraph_utils"
 SPECULATOR = f"{GPU}.spec_decode.speculator:BaseSpeculator"
 
 V2: tuple[Part, ...] = (
@@ -25,7 +26,7 @@ V2: tuple[Part, ...] = (
     Function(f"{RUNNER}.add_requests", ("scheduler_output",), exactly=True),
     Function(f"{RUNNER}.finish_requests", ("scheduler_output",), exactly=True),
     Function(f"{RUNNER}.execute_model", ("scheduler_output", "intermediate_tensors", "dummy_run")),
-    Function(f"{RUNNER}.prepare_inputs", ("scheduler_output",)),
+    Function(f"{RUNNER}.prepare_inputs", ("scheduler_output", "batch_req_state", "batch_desc")),
     Function(f"{RUNNER}.prepare_attn", ("input_batch",), exactly=True),
     Function(f"{RUNNER}._set_active_loras", ("prompt_lora_mapping", "token_lora_mapping", "lora_requests")),
     Function(f"{RUNNER}.sample_tokens", ("grammar_output",), exactly=True),
@@ -92,6 +93,7 @@ V2: tuple[Part, ...] = (
     Function(f"{SPECULATOR}.propose", ("input_batch",)),
     Attributes(SPECULATOR, ("num_extra_query_per_req", "num_query_per_req")),
     # sampling
+    Function("vllm.utils.torch_utils:async_tensor_h2d", ("data", "device")),
     Function(f"{REJECTION}:RejectionSampler.__init__", ("sampler", "spec_config", "device")),
     Function(
         f"{REJECTION}:RejectionSampler.__call__",
@@ -176,7 +178,36 @@ V2_CUDA: tuple[Part, ...] = (
     Function("vllm.v1.worker.gpu_worker:Worker.load_model"),
     Attributes("vllm.v1.worker.gpu_worker:Worker", ("use_v2_model_runner",)),
     Function(f"{RUNNER}._dummy_sampler_run", ("hidden_states",), exactly=True),
-    Attributes(RUNNER, ("input_buffers", "model")),
-    Attributes(f"{GPU}.input_batch:InputBuffers", ("input_ids",)),
+    Attributes(RUNNER, ("cudagraph_manager", "input_buffers", "lora_capture_cases", "model", "parallel_config")),
+    Attributes(f"{GPU}.input_batch:InputBuffers", ("input_ids", "positions")),
+    Attributes("vllm.config:ModelConfig", ("get_num_attention_heads", "get_num_kv_heads")),
+    # full CUDA graphs of steps with trees
+    Attributes("vllm.config:CompilationConfig", ("cudagraph_capture_sizes",)),
+    Attributes("vllm.config.compilation:CUDAGraphMode", ("FULL", "has_full_cudagraphs", "separate_routine")),
+    Attributes(
+        f"{GRAPHS}:BatchExecutionDescriptor",
+        ("cg_mode", "max_query_len", "num_active_loras", "num_reqs", "num_tokens", "uniform_token_count"),
+    ),
+    Function(
+        f"{GRAPHS}:ModelCudaGraphManager.__init__",
+        ("vllm_config", "device", "cudagraph_mode", "decode_query_len", "lora_capture_cases"),
+    ),
+    Function(f"{GRAPHS}:ModelCudaGraphManager._init_candidates", (), exactly=True),
+    Function(
+        f"{GRAPHS}:ModelCudaGraphManager.dispatch",
+        ("num_reqs", "num_tokens", "uniform_token_count", "num_active_loras", "max_query_len", "num_ubatches"),
+        exactly=True,
+    ),
+    Attributes(
+        f"{GRAPHS}:ModelCudaGraphManager",
+        (
+            "_candidates",
+            "_capture_descs",
+            "compilation_config",
+            "cudagraph_mode",
+            "lora_capture_cases",
+            "max_num_reqs",
+        ),
+    ),
     Attributes("vllm.distributed.parallel_state:GroupCoordinator", ("cpu_group",)),
 )

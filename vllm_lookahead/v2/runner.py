@@ -91,7 +91,8 @@ class LookaheadV2RunnerMixin(Base):
         self._most_likely: NDArray[np.int64] | None = None
         self._top: NDArray[np.int32] | None = None
         self._chains: DraftTokenIds | None = None  # the last drafts, for the scheduler's grammars
-        self._has_trees = False  # in the step that was prepared last
+        self._served = False  # trees to attention, in the step that was prepared last
+        self._branched = False  # was one of its rows
         self._slots: torch.Tensor | None = None
 
     # ---- what a device provides
@@ -105,7 +106,7 @@ class LookaheadV2RunnerMixin(Base):
         raise NotImplementedError
 
     def serve_trees(self, step: StepTrees | None, batch: InputBatch | None) -> None:
-        """Hand the branched rows to the attention metadata builders, and write their positions; None: there are none.
+        """Hand the tree rows to the attention metadata builders, and write their positions; None: there are none.
 
         KV slots have been computed from the positions of a chain, and stay.
         """
@@ -250,14 +251,18 @@ class LookaheadV2RunnerMixin(Base):
         block_tables, slots = super().prepare_attn(input_batch)
         self._slots = slots[0]
         step = self.step
-        branched = step is not None and self.trees_verifiable and bool(step.branched.any())
-        self._serve(step if branched else None, input_batch)
+        self._branched = step is not None and self.trees_verifiable and bool(step.branched.any())
+        self._serve(step if self._branched or self.in_tree_graph() else None, input_batch)
         return block_tables, slots
 
+    def in_tree_graph(self) -> bool:
+        """Whether the step replays a graph in which every row is a tree row, branched or not."""
+        return False
+
     def _serve(self, step: StepTrees | None, batch: InputBatch | None) -> None:
-        if self.trees_verifiable and (step is not None or self._has_trees):
+        if self.trees_verifiable and (step is not None or self._served):
             self.serve_trees(step, batch)
-        self._has_trees = step is not None
+        self._served = step is not None
 
     def seq_lens(self, step: StepTrees, batch: InputBatch) -> NDArray[np.int32]:
         """int32 [rows]: tokens of each row after this step if every node were accepted.
@@ -311,7 +316,7 @@ class LookaheadV2RunnerMixin(Base):
 
     def postprocess_sampled(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM's; the KV commit comes here, when the copy of the tokens to the host has been started."""
-        if self._has_trees:
+        if self._branched:
             self.commit_kv(self._slots)
         super().postprocess_sampled(*args, **kwargs)
 

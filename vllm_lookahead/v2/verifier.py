@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.input_batch import InputBatch, get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.metrics.logits import get_num_nans
@@ -170,7 +171,7 @@ class TreeVerifier(RejectionSampler):
         if not (in_order & step.branched).any():
             return _Rows(logits, slots, positions, tokens, batch.expanded_local_pos, batch.cu_num_logits_np[1:], None)
         chains = paths_as_chains(step, in_order)
-        rows, depths, back = (torch.from_numpy(array).to(logits.device) for array in chains[:3])
+        rows, depths, back = (async_tensor_h2d(array, device=logits.device) for array in chains[:3])
         return _Rows(logits[rows], slots[rows], positions[rows], tokens[rows], depths, chains.ends, back)
 
     def _chunks(self, ends: np.ndarray, vocab_size: int) -> Iterator[tuple[int, int]]:

@@ -54,7 +54,7 @@ def place(trees: DeviceTrees, seq_lens: torch.Tensor, positions: torch.Tensor) -
     """Fill in what ``trees.packed`` still lacks, and write the tree rows' positions.
 
     Args:
-        trees: the step's trees; nothing happens if none is branched.
+        trees: the step's trees; nothing happens if there are no tree rows.
         seq_lens: int32 [rows], tokens of each row after this step if every node were accepted: vLLM's
             ``InputBatch.seq_lens``.
         positions: int64 [tokens], the flattened batch's RoPE positions: vLLM's ``InputBatch.positions``. Those of the
@@ -64,7 +64,7 @@ def place(trees: DeviceTrees, seq_lens: torch.Tensor, positions: torch.Tensor) -
     if packed is None:
         return
     words = packed.mask.shape[1]
-    place_kernel[(triton.cdiv(packed.longest, BLOCK_NODES), packed.num_rows)](
+    place_kernel[(triton.cdiv(trees.longest, BLOCK_NODES), len(packed.rows))](
         trees.starts,
         trees.parents,
         packed.rows,
@@ -106,7 +106,7 @@ def place_kernel(  # type: ignore[no-untyped-def]
 ):
     """Some roots and nodes of one row, each climbing to the root by itself. Grid: blocks of the longest row, tree rows.
 
-    Root and nodes are numbered together here: 0 is the root, i + 1 the node i.
+    Root and nodes are numbered together here: 0 is the root, i + 1 the node i. A row of length 0 is a graph's padding.
     """
     tree = tl.program_id(1)
     begin = tl.load(offsets + tree)
@@ -116,7 +116,7 @@ def place_kernel(  # type: ignore[no-untyped-def]
     row = tl.load(rows + tree)
     above = parents + tl.load(starts + row) - 1
     seq_len = tl.load(seq_lens + row)
-    prefix = seq_len - length
+    prefix = tl.where(length > 0, seq_len - length, 0)
     first = tl.load(firsts + tree)
 
     word = tl.arange(0, WORDS)
