@@ -2,6 +2,7 @@
 beside vLLM's own methods.
 
     python benchmarks/proposer_bench.py speed [--data FOLDER]
+    python benchmarks/proposer_bench.py corpus FOLDER
     python benchmarks/proposer_bench.py replay FOLDER
     python benchmarks/proposer_bench.py predictions FOLDER
 
@@ -45,6 +46,7 @@ from proposers.tree import IntArray
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
+MODEL = Path(__file__).parents[1] / "vllm_lookahead" / "demo" / "model"
 OTHERS = 100_000  # tokens that other requests said
 BUDGET = 64  # nodes per request, for every proposer that drafts trees
 Step = Callable[[IntArray], int]  # propose on a context, and observe; returns the number of nodes
@@ -84,9 +86,7 @@ def synthetic_texts(length: int, corpus: int) -> Texts:
 def real_texts(folder: Path, length: int, corpus: int) -> Texts:
     """Of the texts in a folder one half is the corpus, of the other half a part what other requests said."""
     encode, begin, end = mistral_tokenizer()
-    files = sorted(path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
-    lines = (line for file in files for line in (gzip.open if file.suffix == ".gz" else open)(file, "rt"))
-    texts = [np.array([begin, *encode(text), end], np.int32) for line in lines for text in strings_in(json.loads(line))]
+    texts = [np.array([begin, *encode(text), end], np.int32) for text in texts_in(folder)]
     rng = np.random.default_rng(0)
     rng.shuffle(texts)  # type: ignore[arg-type]
     mine = texts[::2]
@@ -99,6 +99,15 @@ def real_texts(folder: Path, length: int, corpus: int) -> Texts:
     changed = rng.random(corpus) < 0.05
     known[changed] = rng.permutation(known[changed])
     return Texts(np.tile(own, -(-length // len(own)))[-length:], mine[:split], known)
+
+
+def texts_in(folder: Path) -> Iterator[str]:
+    """All longer strings in a folder's files of JSON lines."""
+    files = sorted(path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
+    for file in files:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt") as lines:
+            for line in lines:
+                yield from strings_in(json.loads(line))
 
 
 def strings_in(value: Any) -> Iterator[str]:
@@ -283,6 +292,55 @@ def time_proposers(
             "batch": batch,
             "batch_ms": spread([many["batch_ms"] for _, many in measured]),
         }
+
+
+@app.command()
+def corpus(
+    data: Annotated[Path, typer.Argument(help="A folder of .jsonl(.gz) files, whose lines are repeated in any order.")],
+    characters: Annotated[int, typer.Option(min=1000, help="How much text.")] = 28_000_000,
+    tokenizer: Annotated[Path, typer.Option(help="A model's folder.")] = MODEL,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Time what a new corpus takes before it can be guessed from: to read and tokenise it, and to index its tokens."""
+    from transformers import AutoTokenizer
+
+    from vllm_lookahead.corpus import pieces_of, texts_of, tokens_of
+
+    encoder = AutoTokenizer.from_pretrained(tokenizer)
+    lines = [line for text in texts_in(data) for line in text.splitlines(keepends=True)]
+    rng = np.random.default_rng(0)
+    results = []
+    with TemporaryDirectory() as folder:
+        file, index = Path(folder) / "corpus.txt", Path(folder) / "index"
+        with file.open("w") as text:
+            while text.tell() < characters:
+                text.writelines(lines[i] for i in rng.permutation(len(lines)))
+        write_index(np.zeros(1000, np.int32), index, 4)  # compile
+        for _ in range(rounds):
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            tokens = tokens_of((piece for text in texts_of(file) for piece in pieces_of(text)), encoder)
+            middle, middle_cpu = time.perf_counter(), time.process_time()
+            write_index(tokens, index, 4)
+            end, end_cpu = time.perf_counter(), time.process_time()
+            results.append(
+                {
+                    "tokens": len(tokens),
+                    "tokenise_s": middle - begin,
+                    "tokenise_cpu_s": middle_cpu - begin_cpu,
+                    "index_s": end - middle,
+                    "index_cpu_s": end_cpu - middle_cpu,
+                }
+            )
+    table = Table(title=f"a new corpus of {results[0]['tokens']:,} tokens, {rounds} rounds")
+    for heading in ("", "seconds", "min - max", "processor's seconds"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for part in ("tokenise", "index"):
+        seconds, cpu = (spread([r[f"{part}{kind}"] for r in results]) for kind in ("_s", "_cpu_s"))
+        table.add_row(
+            part, f"{seconds['median']:.1f}", f"{seconds['min']:.1f} - {seconds['max']:.1f}", f"{cpu['median']:.1f}"
+        )
+    report(table, {"machine": machine(), "results": results}, json_out)
 
 
 def spread(values: list[float]) -> dict[str, float]:
