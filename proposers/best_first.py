@@ -37,6 +37,7 @@ from proposers.calibration import (
     knowledge,
     learn,
     row_level,
+    source_of,
 )
 from proposers.numba_cache import CACHE
 from proposers.recycled_tokens import TOP, find_recycled
@@ -430,7 +431,7 @@ def grow_tree(
         budget: most nodes.
         threshold: leave out nodes that are less probable than this.
         max_depth: no node is deeper.
-        out: int32 [4, >= budget], receives the nodes' tokens, parents, depths and kinds of levels.
+        out: int32 [4, >= budget], receives the nodes' tokens, parents, depths and sources.
         out_chances: float32 [>= budget], receives their probabilities.
 
     Returns:
@@ -563,7 +564,7 @@ def grow_tree(
         out[0, nodes] = entry[0, top]
         out[1, nodes] = entry[1, top]
         out[2, nodes] = depth
-        out[3, nodes] = entry[3, top]
+        out[3, nodes] = source_of(entry[3, top])
         out_chances[nodes] = probability
         nodes += 1
 

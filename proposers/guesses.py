@@ -28,13 +28,12 @@ from proposers.calibration import (
     Calibration,
     Float64Array,
     agreement_class,
-    source_of,
 )
 from proposers.numba_cache import CACHE
 from proposers.recycled_tokens import RecycledTokens, note, recycle
 from proposers.shared_text import SharedText, write
 from proposers.text_index import NO_INDEX, NOBODY, TOKENS, allocate, extend, find_places, next_place
-from proposers.tree import ByteArray, DraftTree, FloatArray, IntArray
+from proposers.tree import DraftTree, FloatArray, IntArray
 
 MAX_NGRAM = 8
 """Largest n-gram that can be looked up."""
@@ -171,9 +170,8 @@ class RequestGuesses:
         """
         if verified.top is not None and len(self._said[0]) and self._root >= 0:
             n = min(verified.num_nodes, tree.num_guesses)
-            path = verified.path[verified.path < n]
             self._progress[SAID] = note(
-                *self._said, self._progress[SAID], self._root, tree.token_ids[:n], verified.top[: n + 1], path
+                *self._said, self._progress[SAID], self._root, tree.token_ids[:n], verified.top[: n + 1], verified.path
             )
         self._root = int(verified.tokens[-1])
 
@@ -281,15 +279,6 @@ def next_tree(
     progress[0] = count
     progress[1] = len(context)
     return grow_tree(known, context, count, min(budget, nodes.shape[1]), threshold, max_depth, nodes, chances)
-
-
-@njit(cache=CACHE)
-def sources_of(levels: IntArray) -> ByteArray:
-    """uint8 [n]: the source that each kind of level (int32 [n]) belongs to."""
-    sources = np.empty(len(levels), np.uint8)
-    for i in range(len(levels)):
-        sources[i] = source_of(levels[i])
-    return sources
 
 
 @njit(cache=CACHE)
