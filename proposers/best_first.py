@@ -440,7 +440,7 @@ def grow_tree(
     if budget <= 0 or len(context) == 0 or max_depth <= 0:
         return 0
     scratch = make_scratch(copies)
-    children = scratch.children
+    children, chances, order = scratch.children, scratch.chances, scratch.order
     room = 8 * MOST_CHILDREN
     entry = np.empty((6, room), np.int32)  # open nodes: token, parent, depth, kind of level, its copies in ``order``
     score = np.empty(room, np.float64)
@@ -475,7 +475,7 @@ def grow_tree(
             enough = max(bound, threshold) / probability * (1.0 - 1e-12)
             count = open_node(known, scratch, history[LONGEST_KEY - length :], low, high, depth, enough, nodes + 1)
             for c in range(count):
-                p = probability * scratch.chances[c]
+                p = probability * chances[c]
                 if p < threshold or p <= bound:
                     continue
                 if entries == room:
@@ -496,7 +496,7 @@ def grow_tree(
                 entry[3, entries] = children[1, c]
                 entry[4, entries] = low
                 if children[1, c] >= COPIES:
-                    low = _keep(known, scratch.order, low, high, depth, children[0, c])
+                    low = _keep(known, order, low, high, depth, children[0, c])
                 entry[5, entries] = low
                 score[entries] = p
                 # Sift up; among equals the older entry stays above.
