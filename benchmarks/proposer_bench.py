@@ -1,7 +1,8 @@
 """Proposers alone, without an engine: how long a proposal takes, and how good prompt lookup's trees are
 beside vLLM's own methods.
 
-    python benchmarks/proposer_bench.py speed
+    python benchmarks/proposer_bench.py speed [--data FOLDER]
+    python benchmarks/proposer_bench.py corpus FOLDER
     python benchmarks/proposer_bench.py replay FOLDER
     python benchmarks/proposer_bench.py predictions FOLDER
 
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -39,12 +41,16 @@ from proposers import (
     TokenRecyclingOptions,
     Verified,
 )
+from proposers.corpus import write_index
 from proposers.tree import IntArray
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
+MODEL = Path(__file__).parents[1] / "vllm_lookahead" / "demo" / "model"
+OTHERS = 100_000  # tokens that other requests said
 BUDGET = 64  # nodes per request, for every proposer that drafts trees
 Step = Callable[[IntArray], int]  # propose on a context, and observe; returns the number of nodes
+Start = Callable[[IntArray, int], Step]  # begin a request: its text to the end, and how much of that is the prompt
 
 
 def synthetic_text(length: int, seed: int = 0) -> IntArray:
@@ -58,11 +64,84 @@ def synthetic_text(length: int, seed: int = 0) -> IntArray:
     return np.array(text[:length], np.int32)
 
 
-def of_proposer(proposer: Proposer, budget: int) -> Callable[[IntArray], Step]:
+class Texts(NamedTuple):
+    """What the sources of a measurement know.
+
+    Attributes:
+        own: int32 [t], requests' own texts are its ends.
+        others: int32 [s] each, what other requests said.
+        corpus: int32 [c].
+    """
+
+    own: IntArray
+    others: list[IntArray]
+    corpus: IntArray
+
+
+def synthetic_texts(length: int, corpus: int) -> Texts:
+    others = synthetic_text(OTHERS, seed=1)
+    return Texts(synthetic_text(length), np.array_split(others, OTHERS // 500), synthetic_text(corpus, seed=2))
+
+
+def real_texts(folder: Path, length: int, corpus: int) -> Texts:
+    """Of the texts in a folder one half is the corpus, of the other half a part what other requests said."""
+    encode, begin, end = mistral_tokenizer()
+    texts = [np.array([begin, *encode(text), end], np.int32) for text in texts_in(folder)]
+    rng = np.random.default_rng(0)
+    rng.shuffle(texts)  # type: ignore[arg-type]
+    mine = texts[::2]
+    ends = np.cumsum([len(text) for text in mine])
+    split = int(np.searchsorted(ends, OTHERS))
+    own = np.concatenate(mine[split:])
+    known = np.concatenate(texts[1::2])
+    # more text than there is: again and again, each time somewhat different
+    known = np.tile(known, -(-corpus // len(known)))[:corpus]
+    changed = rng.random(corpus) < 0.05
+    known[changed] = rng.permutation(known[changed])
+    return Texts(np.tile(own, -(-length // len(own)))[-length:], mine[:split], known)
+
+
+def texts_in(folder: Path) -> Iterator[str]:
+    """All longer strings in a folder's files of JSON lines."""
+    files = sorted(path for path in folder.rglob("*") if path.name.endswith((".jsonl", ".jsonl.gz")))
+    for file in files:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt") as lines:
+            for line in lines:
+                yield from strings_in(json.loads(line))
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All strings in a value of JSON that are longer than a name."""
+    if isinstance(value, str) and len(value) > 40:
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value if isinstance(value, list) else value.values():
+            yield from strings_in(item)
+
+
+def every_source(texts: Texts, index: Path) -> PromptLookup:
+    """Prompt lookup with all that it can know but a prediction, which is a request's own."""
+    proposer = PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, recycled_tokens=8))
+    for text in texts.others:
+        proposer.start("another", text[:1]).propose(text, 0)
+    write_index(texts.corpus, index, proposer.options.max_ngram)
+    proposer.use_corpus(index)
+    return proposer
+
+
+def expected(text: IntArray) -> IntArray:
+    """A prediction that turns out as ``text``, but for one token in 40."""
+    prediction = text.copy()
+    prediction[np.random.default_rng(0).integers(0, len(prediction), len(prediction) // 40)] += 1
+    return prediction
+
+
+def of_proposer(proposer: Proposer, budget: int, *, predicted: bool = False) -> Start:
     """One step of a request: propose, then observe a verification that accepted nothing."""
 
-    def start(prompt: IntArray) -> Step:
-        request = proposer.start(f"request of {len(prompt)}", prompt)
+    def start(text: IntArray, length: int) -> Step:
+        info = RequestInfo(prediction=expected(text[length:]) if predicted else None)
+        request = proposer.start("request", text[:length], info)
         said = np.arange(1 + budget, dtype=np.int32)
         nothing = np.empty(0, np.int32)
         likely = np.random.default_rng(0).zipf(1.3, (1 + budget, proposer.num_top)).astype(np.int32) % 32_000
@@ -71,7 +150,7 @@ def of_proposer(proposer: Proposer, budget: int) -> Callable[[IntArray], Step]:
             tree = request.propose(context, budget)
             argmax = said[: len(tree) + 1] if proposer.needs_argmax else None
             top = likely[: len(tree) + 1] if proposer.num_top else None
-            request.observe(tree, Verified(said[:1], nothing, argmax, len(tree), top))
+            request.observe(tree, Verified(context[-1:], nothing, argmax, len(tree), top))
             return len(tree)
 
         return step
@@ -79,46 +158,52 @@ def of_proposer(proposer: Proposer, budget: int) -> Callable[[IntArray], Step]:
     return start
 
 
-def of_stock_ngram() -> Callable[[IntArray], Step] | None:
+def of_stock_ngram() -> Start | None:
     """vLLM's own ``ngram`` kernel (it drafts a chain), or None where vLLM is not installed."""
     try:
         from vllm.v1.spec_decode.ngram_proposer import _find_longest_matched_ngram_and_propose_tokens as find
     except ImportError:
         return None
 
-    def start(prompt: IntArray) -> Step:
+    def start(text: IntArray, length: int) -> Step:
         return lambda context: len(find(context, 1, 5, 1 << 20, BUDGET))
 
     return start
 
 
-def time_steps(
-    start: Callable[[IntArray], Step], text: IntArray, length: int, steps: int, batch: int
-) -> dict[str, Any]:
-    """Time the first proposal (it indexes the prompt) and then ``steps`` more, each 1 to 3 tokens further on.
+def time_steps(start: Start, texts: list[IntArray], length: int, steps: int) -> dict[str, Any]:
+    """Time the first proposals (they index the prompts) and then ``steps`` more, each 1 to 3 tokens further on.
+
+    The clock is the thread's, which stands while others have its core.
+
+    Args:
+        start: begins a request.
+        texts: of each request of the batch.
+        length: how much of each is the prompt.
+        steps: how many.
 
     Returns:
-        ``first_ms``; ``step_us``, mean over the steps, for one request of the batch; ``batch_ms``, for all of them;
+        ``first_ms`` and ``step_us``, mean over the steps, for one request of the batch; ``batch_ms``, for all of them;
         ``nodes``, mean.
     """
-    requests = [start(text[:length]) for _ in range(batch)]
-    begin = time.perf_counter()
-    for step in requests:
+    requests = [start(text, length) for text in texts]
+    begin = time.thread_time()
+    for step, text in zip(requests, texts, strict=True):
         step(text[:length])
-    first = (time.perf_counter() - begin) / batch
+    first = (time.thread_time() - begin) / len(texts)
     nodes, spent, end = 0, 0.0, length
     for i in range(steps):
         end += 1 + i % 3
-        context = text[:end]
-        begin = time.perf_counter()
-        for step in requests:
+        contexts = [text[:end] for text in texts]
+        begin = time.thread_time()
+        for step, context in zip(requests, contexts, strict=True):
             nodes += step(context)
-        spent += time.perf_counter() - begin
+        spent += time.thread_time() - begin
     return {
         "first_ms": 1e3 * first,
-        "step_us": 1e6 * spent / steps / batch,
+        "step_us": 1e6 * spent / steps / len(texts),
         "batch_ms": 1e3 * spent / steps,
-        "nodes": nodes / steps / batch,
+        "nodes": nodes / steps / len(texts),
     }
 
 
@@ -128,50 +213,23 @@ def speed(
     batch: Annotated[int, typer.Option(min=1, help="Requests in the batch.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Steps per round.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the proposers take turns in each.")] = 5,
+    data: Annotated[Path | None, typer.Option(help="A folder of .jsonl(.gz) files; else texts are synthetic.")] = None,
+    corpus: Annotated[int, typer.Option(min=2, help="Tokens of the corpus.")] = 4_000_000,
+    only: Annotated[str, typer.Option(help="Proposers whose names contain this.")] = "",
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
-    """Time propose + observe for one request and for a batch, in one thread."""
-    lookahead = LookaheadOptions(window_size=15, ngram_size=5, guess_set_size=15)
-    # The comb of W=15 N=5 comes on top of the 64 guessed nodes.
-    candidates: dict[str, Callable[[IntArray], Step] | None] = {
-        "prompt_lookup": of_proposer(PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET)), BUDGET),
-        "prompt_lookup, its own text": of_proposer(
-            PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, shared_tokens=0)), BUDGET
-        ),
-        "prompt_lookup, recycling": of_proposer(
-            PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, recycled_tokens=8)), BUDGET
-        ),
-        "token_recycling": of_proposer(TokenRecycling(TokenRecyclingOptions(max_draft_tokens=BUDGET)), BUDGET),
-        "lookahead": of_proposer(Lookahead(lookahead), BUDGET + 59),
-        "stock ngram": of_stock_ngram(),
-    }
-    starts = {name: start for name, start in candidates.items() if start is not None}
+    """Time propose + observe for one request and for a batch, in one thread. Every request has a text of its own."""
     lengths = [int(length) for length in contexts.split(",")]
-    text = synthetic_text(max(lengths) + 2 * steps + 16)
-    for start in starts.values():
-        time_steps(start, text, 64, 8, 1)  # compile
-    results = []
-    for length in lengths:
-        # The same local statistics for every length: the context is always the end of the text.
-        window = np.ascontiguousarray(text[len(text) - length - 2 * steps - 16 :])
-        runs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {name: [] for name in starts}
-        for _ in range(rounds):
-            for name, start in starts.items():
-                batched_steps = max(1, steps // 8)
-                one = time_steps(start, window, length, steps, 1)
-                runs[name].append((one, time_steps(start, window, length, batched_steps, batch)))
-        for name, measured in runs.items():
-            results.append(
-                {
-                    "proposer": name,
-                    "context": length,
-                    "nodes": measured[0][0]["nodes"],
-                    "first_ms": median(one["first_ms"] for one, _ in measured),
-                    "step_us": spread([one["step_us"] for one, _ in measured]),
-                    "batch": batch,
-                    "batch_ms": spread([many["batch_ms"] for _, many in measured]),
-                }
-            )
+    stretch = 2 * steps + 16
+    room = max(lengths) + stretch * (1 + batch)
+    with TemporaryDirectory() as folder:
+        texts = real_texts(data, room, corpus) if data else synthetic_texts(room, corpus)
+        starts = starts_of(texts, Path(folder) / "index", only)
+        for start in starts.values():
+            time_steps(start, [texts.own[:128]], 64, 8)  # compile
+        results = [
+            result for length in lengths for result in time_proposers(starts, texts.own, length, steps, rounds, batch)
+        ]
     table = Table(title=f"propose + observe, one thread, {rounds} rounds of {steps} steps")
     for heading in ("proposer", "context", "nodes", "index prompt, ms", "one request, us", "min - max"):
         table.add_column(heading, justify="right")
@@ -189,6 +247,102 @@ def speed(
             f"{r['batch_ms']['min']:.2f} - {r['batch_ms']['max']:.2f}",
         )
     report(table, {"machine": machine(), "steps": steps, "rounds": rounds, "results": results}, json_out)
+
+
+def starts_of(texts: Texts, index: Path, only: str) -> dict[str, Start]:
+    """What is timed: every proposer whose name contains ``only``."""
+
+    def lookup(**options: Any) -> Start:
+        return of_proposer(PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, **options)), BUDGET)
+
+    # The comb of W=15 N=5 comes on top of the 64 guessed nodes.
+    window = LookaheadOptions(window_size=15, ngram_size=5, guess_set_size=15)
+    candidates: dict[str, Callable[[], Start | None]] = {
+        "prompt_lookup": lookup,
+        "prompt_lookup, its own text": lambda: lookup(shared_tokens=0),
+        "prompt_lookup, recycling": lambda: lookup(recycled_tokens=8),
+        "prompt_lookup, every source": lambda: of_proposer(every_source(texts, index), BUDGET, predicted=True),
+        "token_recycling": lambda: of_proposer(TokenRecycling(TokenRecyclingOptions(max_draft_tokens=BUDGET)), BUDGET),
+        "lookahead": lambda: of_proposer(Lookahead(window), BUDGET + 59),
+        "stock ngram": of_stock_ngram,
+    }
+    found = {name: make() for name, make in candidates.items() if only in name}
+    return {name: start for name, start in found.items() if start is not None}
+
+
+def time_proposers(
+    starts: dict[str, Start], text: IntArray, length: int, steps: int, rounds: int, batch: int
+) -> Iterator[dict[str, Any]]:
+    """Time all proposers at one length of context, in turns."""
+    stretch = 2 * steps + 16
+    ends = range(len(text), length + stretch, -stretch)
+    runs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {name: [] for name in starts}
+    for turn in range(rounds):
+        # The same statistics for every length: a request's text is one of the last stretches and what is before it.
+        chosen = [ends[(turn + i) % len(ends)] for i in range(batch + 1)]
+        windows = [np.ascontiguousarray(text[end - length - stretch : end]) for end in chosen]
+        for name, start in starts.items():
+            one = time_steps(start, windows[:1], length, steps)
+            runs[name].append((one, time_steps(start, windows[1:], length, max(1, steps // 8))))
+    for name, measured in runs.items():
+        yield {
+            "proposer": name,
+            "context": length,
+            "nodes": measured[0][0]["nodes"],
+            "first_ms": median(one["first_ms"] for one, _ in measured),
+            "step_us": spread([one["step_us"] for one, _ in measured]),
+            "batch": batch,
+            "batch_ms": spread([many["batch_ms"] for _, many in measured]),
+        }
+
+
+@app.command()
+def corpus(
+    data: Annotated[Path, typer.Argument(help="A folder of .jsonl(.gz) files, whose lines are repeated in any order.")],
+    characters: Annotated[int, typer.Option(min=1000, help="How much text.")] = 28_000_000,
+    tokenizer: Annotated[Path, typer.Option(help="A model's folder.")] = MODEL,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Time what a new corpus takes before it can be guessed from: to read and tokenise it, and to index its tokens."""
+    from transformers import AutoTokenizer
+
+    from vllm_lookahead.corpus import pieces_of, texts_of, tokens_of
+
+    encoder = AutoTokenizer.from_pretrained(tokenizer)
+    lines = [line for text in texts_in(data) for line in text.splitlines(keepends=True)]
+    rng = np.random.default_rng(0)
+    results = []
+    with TemporaryDirectory() as folder:
+        file, index = Path(folder) / "corpus.txt", Path(folder) / "index"
+        with file.open("w") as text:
+            while text.tell() < characters:
+                text.writelines(lines[i] for i in rng.permutation(len(lines)))
+        write_index(np.zeros(1000, np.int32), index, 4)  # compile
+        for _ in range(rounds):
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            tokens = tokens_of((piece for text in texts_of(file) for piece in pieces_of(text)), encoder)
+            middle, middle_cpu = time.perf_counter(), time.process_time()
+            write_index(tokens, index, 4)
+            end, end_cpu = time.perf_counter(), time.process_time()
+            results.append(
+                {
+                    "tokens": len(tokens),
+                    "tokenise_s": middle - begin,
+                    "tokenise_cpu_s": middle_cpu - begin_cpu,
+                    "index_s": end - middle,
+                    "index_cpu_s": end_cpu - middle_cpu,
+                }
+            )
+    table = Table(title=f"a new corpus of {results[0]['tokens']:,} tokens, {rounds} rounds")
+    for heading in ("", "seconds", "min - max", "processor's seconds"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for part in ("tokenise", "index"):
+        seconds, cpu = (spread([r[f"{part}{kind}"] for r in results]) for kind in ("_s", "_cpu_s"))
+        table.add_row(
+            part, f"{seconds['median']:.1f}", f"{seconds['min']:.1f} - {seconds['max']:.1f}", f"{cpu['median']:.1f}"
+        )
+    report(table, {"machine": machine(), "results": results}, json_out)
 
 
 def spread(values: list[float]) -> dict[str, float]:

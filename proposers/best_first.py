@@ -17,12 +17,15 @@ All arithmetic is plain IEEE in a fixed order: every tensor-parallel rank gets t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from proposers.calibration import (
     COPIES,
+    MOST_RANKS,
     POOL,
     RANKS,
     RECYCLED,
@@ -34,6 +37,7 @@ from proposers.calibration import (
     knowledge,
     learn,
     row_level,
+    source_of,
 )
 from proposers.numba_cache import CACHE
 from proposers.recycled_tokens import TOP, find_recycled
@@ -60,235 +64,271 @@ LONGEST_KEY = 7
 SUPPORT = 0.25
 """What a follower's count in another text is worth beside its count in the text whose level it belongs to."""
 
+part_of_kernel = njit(cache=CACHE, forceinline=True, _nrt=False)
+"""For functions that neither make nor keep an array: counting references to those in their tuples would take longer
+than what they do."""
+
 # Rows of the candidates' table.
 LENGTH, AGREEMENT, SOURCE = 0, 1, 2
 
 
-Scratch = tuple[Float64Array, Float64Array, Int64Array, Int64Array, Int64Array, NDArray[np.uint64]]
+class Known(NamedTuple):
+    """What the sources know.
 
-
-@njit(cache=CACHE)
-def make_scratch() -> Scratch:
-    """What ``open_node`` works with: made once for a tree, since that takes as long as opening a node."""
-    return (
-        np.empty(MOST_CHILDREN, np.float64),
-        np.empty(TEXTS, np.float64),
-        np.empty(TEXTS, np.int64),
-        np.empty(TEXTS, np.int64),
-        np.empty(TEXTS + 1, np.int64),
-        np.empty((TEXTS, LONGEST_KEY + 1), np.uint64),
-    )
-
-
-@njit(cache=CACHE)
-def open_node(
-    history: IntArray,
-    states: tuple[IntArray, IntArray, IntArray, IntArray],
-    owners: IntArray,
-    shortest: int,
-    recycled: IntArray,
-    tokens: IntArray,
-    about: IntArray,
-    order: IntArray,
-    low: int,
-    high: int,
-    depth: int,
-    engine: Float64Array,
-    request: Float64Array,
-    enough: float,
-    marks: IntArray,
-    serial: int,
-    scratch: Scratch,
-    children: IntArray,
-    chances: Float64Array,
-) -> int:
-    """What may follow one node.
-
-    Args:
-        history: int32 [h], the tokens up to the node, the last ``LONGEST_KEY`` of them or more.
+    Attributes:
         states: the texts' indices (``text_index``).
         owners: int32 [sources], whose text may be found in each; ``NOBODY`` leaves it out.
         shortest: the shortest n-gram whose followers count.
         recycled: the target's likeliest tokens after each token (``recycled_tokens``).
         tokens: int32 [c, d], the copies' tokens, from the root's child down.
         about: int32 [3, c], for each copy how many tokens it has, how many before it agree, and its source.
-        order: int32 [c], copies; those that lead through this node are at ``low`` to ``high``, most trusted first.
-        low: see ``order``.
-        high: see ``order``.
-        depth: the node's depth.
         engine: see ``calibration.chance``.
         request: see ``calibration.chance``.
-        enough: when less than this chance is left, the rest is not worth asking.
-        marks: int32 [``MARKS``], scratch that has never seen this ``serial``.
-        serial: a number below 2**20.
-        scratch: see ``make_scratch``.
-        children: int32 [2, ``MOST_CHILDREN``], receives the tokens and the kinds of their levels, level by level.
-        chances: float64 [``MOST_CHILDREN``], receives their chances, given that the node is reached.
+    """
+
+    states: tuple[IntArray, IntArray, IntArray, IntArray]
+    owners: IntArray
+    shortest: int
+    recycled: IntArray
+    tokens: IntArray
+    about: IntArray
+    engine: Float64Array
+    request: Float64Array
+
+
+class Scratch(NamedTuple):
+    """What ``open_node`` works with: made once for a tree, since that takes as long as opening a node.
+
+    Attributes:
+        order: int32 [c], the copies; those that lead through a node lie side by side, most trusted first.
+        children: int32 [2, ``MOST_CHILDREN``], the tokens that may follow a node and the kinds of their levels, level
+            by level.
+        chances: float64 [``MOST_CHILDREN``], their chances, given that the node is reached.
+        weights: float64 [``MOST_CHILDREN``], how often each was seen.
+        marks: int32 [``MARKS``], by a token's last bits, which child it may be, and of which node.
+        rows: int64 [``LONGEST_KEY`` + 1, ``TEXTS``], for each length of n-gram where each text's followers lie, or -1.
+        levels: int64, the kind of level that each of these rows is.
+        holds: float64, how often that holds.
+        limits: float64 [``LONGEST_KEY`` + 1], the most that any level of n-grams of this length or shorter ones holds.
+        ranked: float64 [``MOST_RANKS`` + 1], the same for recycled tokens of this rank, later ones and single tokens.
+        keys: uint64 [``LONGEST_KEY`` + 1, ``TEXTS``], what the rows are found by.
+        totals: float64 [``TEXTS``], how often the tokens that each text added were seen.
+        starts: int64 [``TEXTS`` + 1], where these tokens begin among the children.
+    """
+
+    order: IntArray
+    children: IntArray
+    chances: Float64Array
+    weights: Float64Array
+    marks: IntArray
+    rows: Int64Array
+    levels: Int64Array
+    holds: Float64Array
+    limits: Float64Array
+    ranked: Float64Array
+    keys: NDArray[np.uint64]
+    totals: Float64Array
+    starts: Int64Array
+
+
+@njit(cache=CACHE)
+def make_scratch(copies: int) -> Scratch:
+    """Scratch for a tree with so many copies."""
+    rows = (LONGEST_KEY + 1, TEXTS)
+    return Scratch(
+        np.arange(copies).astype(np.int32),
+        np.empty((2, MOST_CHILDREN), np.int32),
+        np.empty(MOST_CHILDREN, np.float64),
+        np.empty(MOST_CHILDREN, np.float64),
+        np.zeros(MARKS, np.int32),
+        np.empty(rows, np.int64),
+        np.empty(rows, np.int64),
+        np.empty(rows, np.float64),
+        np.empty(LONGEST_KEY + 1, np.float64),
+        np.empty(MOST_RANKS + 1, np.float64),
+        np.empty(rows, np.uint64),
+        np.empty(TEXTS, np.float64),
+        np.empty(TEXTS + 1, np.int64),
+    )
+
+
+@part_of_kernel
+def open_node(
+    known: Known, scratch: Scratch, history: IntArray, low: int, high: int, depth: int, enough: float, serial: int
+) -> int:
+    """What may follow one node: ``scratch.children`` and their ``chances``.
+
+    Args:
+        known: see there.
+        scratch: see there.
+        history: int32 [h], the tokens up to the node, the last ``LONGEST_KEY`` of them or more.
+        low: the copies that lead through this node are at ``low`` to ``high`` in ``scratch.order``.
+        high: see ``low``.
+        depth: the node's depth.
+        enough: where no child that is still to come can have more than this chance, the rest is not asked.
+        serial: a number below 2**20 that this scratch has not seen.
 
     Returns:
         How many.
     """
-    weights, totals, rows, knows, starts, keys = scratch
-    longest = 0
-    for source in range(TEXTS):
-        if owners[source] >= 0:
-            longest = max(longest, int(states[source][ORDER]) - 1)
-    longest = min(longest, len(history), LONGEST_KEY)
-    for source in range(TEXTS):
-        if owners[source] < 0:
-            continue
-        key = first_key(owners[source])
-        for n in range(1, min(longest, int(states[source][ORDER]) - 1) + 1):
-            key = extend_key(key, history[len(history) - n])
-            if n >= shortest:
-                keys[source, n] = row_key(key, n)
-                prefetch_row(states[source], keys[source, n])
-    at_copy, count, left = _add_copies(
-        False,
-        order,
-        low,
-        high,
-        depth,
-        tokens,
-        about,
-        engine,
-        request,
-        marks,
-        serial,
-        children,
-        chances,
-        weights,
-        0,
-        1.0,
-    )
-    asked_model = False
-    for n in range(longest, -1, -1):
-        if left <= enough or count == MOST_CHILDREN:
-            break
-        if n <= 1 and not asked_model:
-            asked_model = True
-            at_copy, count, left = _add_copies(
-                True,
-                order,
-                at_copy,
-                high,
-                depth,
-                tokens,
-                about,
-                engine,
-                request,
-                marks,
-                serial,
-                children,
-                chances,
-                weights,
-                count,
-                left,
-            )
-            row = np.int64(-1)
-            if owners[RECYCLED] >= 0:
-                row = find_recycled(recycled, owners[RECYCLED], history[len(history) - 1])
-            if row >= 0:
-                for rank in range(recycled.shape[1] - TOP):
-                    token = recycled[row, TOP + rank]
-                    if token < 0 or count == MOST_CHILDREN or left <= enough:
-                        break
-                    if _find(children, count, marks, serial, token) >= 0:
-                        continue
-                    level = RANKS + rank
-                    holds = chance(engine, request, level)
-                    children[0, count] = token
-                    children[1, count] = level
-                    chances[count] = left * holds
-                    marks[token & (MARKS - 1)] = (serial << CHILD_BITS) | count
-                    count += 1
-                    left *= 1.0 - holds
-        if n < shortest or n == 0:
-            continue
-        most = 0
-        second = 0
-        for source in range(TEXTS):
-            rows[source] = -1
-            knows[source] = 0
-            if owners[source] >= 0 and n < states[source][ORDER]:
-                row = find_row(states[source], keys[source, n], owners[source])
-                rows[source] = row
-                if row >= 0:
-                    seen = 0
-                    kinds = 0
-                    for slot in range(row + FOLLOWERS, row + ROW):
-                        value = states[source][slot]
-                        if value == 0:
-                            break
-                        seen += value >> TOKEN_BITS
-                        kinds += 1
-                    known = knowledge(seen, kinds)
-                    knows[source] = known
-                    if known > most:
-                        second = most
-                        most = known
-                    elif known > second:
-                        second = known
-        if most == 0:
-            continue
-        base = count
-        for source in range(TEXTS):
-            starts[source] = count
-            totals[source] = 0.0
-            row = rows[source]
-            if row < 0:
+    longest = _ask_for_rows(known, scratch, history)
+    at_copy, count, left = _add_copies(known, scratch, False, low, high, depth, serial, 0, 1.0)
+    if left <= enough:
+        return count
+    recycled = np.int64(-1)
+    if known.owners[RECYCLED] >= 0:
+        recycled = find_recycled(known.recycled, known.owners[RECYCLED], history[len(history) - 1])
+    _find_rows(known, scratch, longest, recycled >= 0, at_copy < high)
+    for n in range(longest, 1, -1):
+        if left * scratch.limits[n] <= enough:
+            return count
+        count, left = _add_rows(known, scratch, n, serial, count, left)
+    if left * scratch.limits[1] <= enough:
+        return count
+    _, count, left = _add_copies(known, scratch, True, at_copy, high, depth, serial, count, left)
+    if recycled >= 0:
+        for rank in range(known.recycled.shape[1] - TOP):
+            token = known.recycled[recycled, TOP + rank]
+            if token < 0 or left * scratch.ranked[rank] <= enough:
+                break
+            if _find(scratch, count, serial, token) >= 0 or count == MOST_CHILDREN:
                 continue
-            for slot in range(row + FOLLOWERS, row + ROW):
-                value = states[source][slot]
-                if value == 0:
-                    break
-                token = value & TOKEN_MASK
-                seen = value >> TOKEN_BITS
-                at = _find(children, count, marks, serial, token)
-                if at < 0:
-                    if count == MOST_CHILDREN:
-                        break
-                    children[0, count] = token
-                    marks[token & (MARKS - 1)] = (serial << CHILD_BITS) | count
-                    weights[count] = seen
-                    totals[source] += seen
-                    count += 1
-                elif at >= base:
-                    weights[at] += SUPPORT * seen
-                    owner = source
-                    while at < starts[owner]:
-                        owner -= 1
-                    totals[owner] += SUPPORT * seen
-        starts[TEXTS] = count
-        for source in range(TEXTS):
-            if starts[source + 1] > starts[source]:
-                others = second if knows[source] == most else most
-                level = row_level(n, source, knows[source], others)
-                holds = chance(engine, request, level)
-                share = left * holds / totals[source]
-                for at in range(starts[source], starts[source + 1]):
-                    chances[at] = share * weights[at]
-                    children[1, at] = level
-                left *= 1.0 - holds
+            level = RANKS + rank
+            holds = chance(known.engine, known.request, level)
+            scratch.children[1, count] = level
+            scratch.chances[count] = left * holds
+            count = _append(scratch, count, serial, token)
+            left *= 1.0 - holds
+    if longest > 0 and left * scratch.ranked[MOST_RANKS] > enough:
+        count, left = _add_rows(known, scratch, 1, serial, count, left)
     return count
 
 
-@njit(cache=CACHE)
+@part_of_kernel
+def _ask_for_rows(known: Known, scratch: Scratch, history: IntArray) -> int:
+    """Hash the n-grams before a node and ask for their rows' cache lines; returns how long the longest is."""
+    longest = 0
+    for source in range(TEXTS):
+        owner = known.owners[source]
+        if owner < 0:
+            continue
+        state = known.states[source]
+        most = min(int(state[ORDER]) - 1, len(history), LONGEST_KEY)
+        longest = max(longest, most)
+        key = first_key(owner)
+        for n in range(1, most + 1):
+            key = extend_key(key, history[len(history) - n])
+            if n >= known.shortest:
+                scratch.keys[n, source] = row_key(key, n)
+                prefetch_row(state, scratch.keys[n, source])
+    return longest
+
+
+@part_of_kernel
+def _find_rows(known: Known, scratch: Scratch, longest: int, recycled: bool, pooled: bool) -> None:
+    """Find the rows of the n-grams of all lengths, and what can still come from these on."""
+    limit = 0.0
+    for n in range(1, max(1, longest) + 1):
+        most = 0
+        second = 0
+        for source in range(TEXTS):
+            row = np.int64(-1)
+            knows = 0
+            owner = known.owners[source]
+            if owner >= 0 and known.shortest <= n <= longest:
+                state = known.states[source]
+                if n < state[ORDER]:
+                    row = find_row(state, scratch.keys[n, source], owner)
+                    if row >= 0:
+                        seen = 0
+                        kinds = 0
+                        for slot in range(row + FOLLOWERS, row + ROW):
+                            value = state[slot]
+                            if value == 0:
+                                break
+                            seen += value >> TOKEN_BITS
+                            kinds += 1
+                        knows = knowledge(seen, kinds)
+            scratch.rows[n, source] = row
+            scratch.levels[n, source] = knows
+            if knows > most:
+                second = most
+                most = knows
+            elif knows > second:
+                second = knows
+        for source in range(TEXTS):
+            if scratch.rows[n, source] >= 0:
+                knows = scratch.levels[n, source]
+                level = row_level(n, source, knows, second if knows == most else most)
+                scratch.levels[n, source] = level
+                scratch.holds[n, source] = chance(known.engine, known.request, level)
+                limit = max(limit, scratch.holds[n, source])
+        if n == 1:
+            scratch.ranked[MOST_RANKS] = limit
+            if recycled:
+                for rank in range(known.recycled.shape[1] - TOP - 1, -1, -1):
+                    limit = max(limit, chance(known.engine, known.request, RANKS + rank))
+                    scratch.ranked[rank] = limit
+            if pooled:
+                limit = 1.0
+        scratch.limits[n] = limit
+
+
+@part_of_kernel
+def _add_rows(known: Known, scratch: Scratch, n: int, serial: int, count: int, left: float) -> tuple[int, float]:
+    """Add the levels of the n-grams of one length.
+
+    Returns:
+        How many children there are now, and the chance that is left.
+    """
+    base = count
+    for source in range(TEXTS):
+        scratch.starts[source] = count
+        scratch.totals[source] = 0.0
+        row = scratch.rows[n, source]
+        if row < 0:
+            continue
+        state = known.states[source]
+        for slot in range(row + FOLLOWERS, row + ROW):
+            value = state[slot]
+            if value == 0:
+                break
+            token = value & TOKEN_MASK
+            seen = value >> TOKEN_BITS
+            at = _find(scratch, count, serial, token)
+            if at < 0:
+                if count == MOST_CHILDREN:
+                    break
+                scratch.weights[count] = seen
+                scratch.totals[source] += seen
+                count = _append(scratch, count, serial, token)
+            elif at >= base:
+                scratch.weights[at] += SUPPORT * seen
+                owner = source
+                while at < scratch.starts[owner]:
+                    owner -= 1
+                scratch.totals[owner] += SUPPORT * seen
+    scratch.starts[TEXTS] = count
+    for source in range(TEXTS):
+        if scratch.starts[source + 1] > scratch.starts[source]:
+            holds = scratch.holds[n, source]
+            share = left * holds / scratch.totals[source]
+            for at in range(scratch.starts[source], scratch.starts[source + 1]):
+                scratch.chances[at] = share * scratch.weights[at]
+                scratch.children[1, at] = scratch.levels[n, source]
+            left *= 1.0 - holds
+    return count, left
+
+
+@part_of_kernel
 def _add_copies(
+    known: Known,
+    scratch: Scratch,
     pool: bool,
-    order: IntArray,
     low: int,
     high: int,
     depth: int,
-    tokens: IntArray,
-    about: IntArray,
-    engine: Float64Array,
-    request: Float64Array,
-    marks: IntArray,
     serial: int,
-    children: IntArray,
-    chances: Float64Array,
-    weights: Float64Array,
     count: int,
     left: float,
 ) -> tuple[int, int, float]:
@@ -297,49 +337,55 @@ def _add_copies(
     Returns:
         Up to where in ``order`` they were taken, how many children there are now, and the chance that is left.
     """
+    about = known.about
     k = low
-    while k < high and (about[SOURCE, order[k]] == POOL) == pool:
-        i = order[k]
+    while k < high and (about[SOURCE, scratch.order[k]] == POOL) == pool:
+        i = scratch.order[k]
         source = about[SOURCE, i]
         agrees = agreement_class(about[AGREEMENT, i] + depth)
         first = count
         several = 0
         total = 0.0
         while k < high:
-            i = order[k]
+            i = scratch.order[k]
             if about[SOURCE, i] != source or agreement_class(about[AGREEMENT, i] + depth) != agrees:
                 break
             k += 1
             if about[LENGTH, i] <= depth:
                 continue
-            token = tokens[i, depth]
+            token = known.tokens[i, depth]
             several += 1
-            at = _find(children, count, marks, serial, token)
-            if at < 0:
-                if count == MOST_CHILDREN:
-                    continue
-                children[0, count] = token
-                marks[token & (MARKS - 1)] = (serial << CHILD_BITS) | count
-                weights[count] = 1.0
-                count += 1
+            at = _find(scratch, count, serial, token)
+            if at < 0 and count < MOST_CHILDREN:
+                scratch.weights[count] = 1.0
+                count = _append(scratch, count, serial, token)
                 total += 1.0
             elif at >= first:
-                weights[at] += 1.0
+                scratch.weights[at] += 1.0
                 total += 1.0
         if count > first:
             level = copy_level(source, agrees, 0 if several == 1 else (1 if count - first == 1 else 2))
-            holds = chance(engine, request, level)
+            holds = chance(known.engine, known.request, level)
             for at in range(first, count):
-                chances[at] = left * holds * weights[at] / total
-                children[1, at] = level
+                scratch.chances[at] = left * holds * scratch.weights[at] / total
+                scratch.children[1, at] = level
             left *= 1.0 - holds
     return k, count, left
 
 
 @njit(cache=CACHE, inline="always")
-def _find(children: IntArray, count: int, marks: IntArray, serial: int, token: int) -> int:
+def _append(scratch: Scratch, count: int, serial: int, token: int) -> int:
+    """Add a child to ``count`` others, of which none carries its token; returns how many there are now."""
+    scratch.children[0, count] = token
+    scratch.marks[token & (MARKS - 1)] = (serial << CHILD_BITS) | count
+    return count + 1
+
+
+@njit(cache=CACHE, inline="always")
+def _find(scratch: Scratch, count: int, serial: int, token: int) -> int:
     """Which of the children carries this token, or -1."""
-    mark = marks[token & (MARKS - 1)]
+    children = scratch.children
+    mark = scratch.marks[token & (MARKS - 1)]
     if (mark >> CHILD_BITS) != serial:
         return -1
     at = mark & (MOST_CHILDREN - 1)
@@ -351,13 +397,13 @@ def _find(children: IntArray, count: int, marks: IntArray, serial: int, token: i
     return -1
 
 
-@njit(cache=CACHE)
-def _keep(order: IntArray, low: int, high: int, tokens: IntArray, about: IntArray, depth: int, token: int) -> int:
+@part_of_kernel
+def _keep(known: Known, order: IntArray, low: int, high: int, depth: int, token: int) -> int:
     """Move the copies that go on with ``token`` to the front of their range; returns where they end."""
     end = low
     for k in range(low, high):
         i = order[k]
-        if depth < about[LENGTH, i] and tokens[i, depth] == token:
+        if depth < known.about[LENGTH, i] and known.tokens[i, depth] == token:
             for j in range(k, end, -1):
                 order[j] = order[j - 1]
             order[end] = i
@@ -367,16 +413,9 @@ def _keep(order: IntArray, low: int, high: int, tokens: IntArray, about: IntArra
 
 @njit(cache=CACHE)
 def grow_tree(
+    known: Known,
     context: IntArray,
-    states: tuple[IntArray, IntArray, IntArray, IntArray],
-    owners: IntArray,
-    shortest: int,
-    recycled: IntArray,
-    tokens: IntArray,
-    about: IntArray,
     copies: int,
-    engine: Float64Array,
-    request: Float64Array,
     budget: int,
     threshold: float,
     max_depth: int,
@@ -386,20 +425,13 @@ def grow_tree(
     """The most probable tree.
 
     Args:
+        known: see there.
         context: int32 [t], the text so far; its last token is the root.
-        states: see ``open_node``.
-        owners: see ``open_node``.
-        shortest: see ``open_node``.
-        recycled: see ``open_node``.
-        tokens: see ``open_node``.
-        about: see ``open_node``.
-        copies: how many rows of ``tokens`` are filled, most trusted first.
-        engine: see ``open_node``.
-        request: see ``open_node``.
+        copies: how many rows of ``known.tokens`` are filled, most trusted first.
         budget: most nodes.
         threshold: leave out nodes that are less probable than this.
         max_depth: no node is deeper.
-        out: int32 [4, >= budget], receives the nodes' tokens, parents, depths and kinds of levels.
+        out: int32 [4, >= budget], receives the nodes' tokens, parents, depths and sources.
         out_chances: float32 [>= budget], receives their probabilities.
 
     Returns:
@@ -407,11 +439,8 @@ def grow_tree(
     """
     if budget <= 0 or len(context) == 0 or max_depth <= 0:
         return 0
-    order = np.arange(copies).astype(np.int32)
-    marks = np.zeros(MARKS, np.int32)
-    children = np.empty((2, MOST_CHILDREN), np.int32)
-    chances = np.empty(MOST_CHILDREN, np.float64)
-    scratch = make_scratch()
+    scratch = make_scratch(copies)
+    children, chances, order = scratch.children, scratch.chances, scratch.order
     room = 8 * MOST_CHILDREN
     entry = np.empty((6, room), np.int32)  # open nodes: token, parent, depth, kind of level, its copies in ``order``
     score = np.empty(room, np.float64)
@@ -442,27 +471,9 @@ def grow_tree(
                 length += 1
                 history[LONGEST_KEY - length] = context[at]
                 at -= 1
-            count = open_node(
-                history[LONGEST_KEY - length :],
-                states,
-                owners,
-                shortest,
-                recycled,
-                tokens,
-                about,
-                order,
-                low,
-                high,
-                depth,
-                engine,
-                request,
-                max(bound, threshold) / probability,
-                marks,
-                nodes + 1,
-                scratch,
-                children,
-                chances,
-            )
+            # a little less: a child whose chance is the bound but for rounding stays
+            enough = max(bound, threshold) / probability * (1.0 - 1e-12)
+            count = open_node(known, scratch, history[LONGEST_KEY - length :], low, high, depth, enough, nodes + 1)
             for c in range(count):
                 p = probability * chances[c]
                 if p < threshold or p <= bound:
@@ -485,7 +496,7 @@ def grow_tree(
                 entry[3, entries] = children[1, c]
                 entry[4, entries] = low
                 if children[1, c] >= COPIES:
-                    low = _keep(order, low, high, tokens, about, depth, children[0, c])
+                    low = _keep(known, order, low, high, depth, children[0, c])
                 entry[5, entries] = low
                 score[entries] = p
                 # Sift up; among equals the older entry stays above.
@@ -553,74 +564,28 @@ def grow_tree(
         out[0, nodes] = entry[0, top]
         out[1, nodes] = entry[1, top]
         out[2, nodes] = depth
-        out[3, nodes] = entry[3, top]
+        out[3, nodes] = source_of(entry[3, top])
         out_chances[nodes] = probability
         nodes += 1
 
 
 @njit(cache=CACHE)
-def learn_from(
-    context: IntArray,
-    length: int,
-    states: tuple[IntArray, IntArray, IntArray, IntArray],
-    owners: IntArray,
-    shortest: int,
-    recycled: IntArray,
-    tokens: IntArray,
-    about: IntArray,
-    copies: int,
-    engine: Float64Array,
-    request: Float64Array,
-) -> None:
+def learn_from(known: Known, context: IntArray, length: int, copies: int) -> None:
     """Learn what the levels are worth from the tokens that followed a root, as far as ``grow_tree`` could have looked.
 
     Args:
+        known: what was known at the root: indices and copies are those of that moment.
         context: int32 [t], the text so far.
-        length: where the tokens that followed begin; the root is the token before. The texts' indices and the copies
-            are those of that moment.
-        states: see ``open_node``.
-        owners: see there.
-        shortest: see there.
-        recycled: see there.
-        tokens: see there.
-        about: see there.
+        length: where the tokens that followed begin; the root is the token before.
         copies: see ``grow_tree``.
-        engine: see ``calibration.learn``.
-        request: see there.
     """
-    order = np.arange(copies).astype(np.int32)
-    marks = np.zeros(MARKS, np.int32)
-    children = np.empty((2, MOST_CHILDREN), np.int32)
-    chances = np.empty(MOST_CHILDREN, np.float64)
-    scratch = make_scratch()
+    scratch = make_scratch(copies)
+    tokens, levels = scratch.children
     high = copies
     for at in range(length, len(context)):
-        count = open_node(
-            context[max(0, at - LONGEST_KEY) : at],
-            states,
-            owners,
-            shortest,
-            recycled,
-            tokens,
-            about,
-            order,
-            0,
-            high,
-            at - length,
-            engine,
-            request,
-            0.0,
-            marks,
-            at - length + 1,
-            scratch,
-            children,
-            chances,
-        )
-        learn(engine, request, children[0], children[1], count, context[at])
-        high = _keep(order, 0, high, tokens, about, at - length, context[at])
-        known = False
-        for c in range(count):
-            if children[0, c] == context[at]:
-                known = True
-        if not known:
+        history = context[max(0, at - LONGEST_KEY) : at]
+        count = open_node(known, scratch, history, 0, high, at - length, 0.0, at - length + 1)
+        learn(known.engine, known.request, tokens, levels, count, context[at])
+        if _find(scratch, count, at - length + 1, context[at]) < 0:
             return
+        high = _keep(known, scratch.order, 0, high, at - length, context[at])

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from proposers import text_index
 from proposers.base import ProposerOptions, RequestInfo, Verified
-from proposers.best_first import AGREEMENT, LENGTH, SOURCE, grow_tree, learn_from
+from proposers.best_first import AGREEMENT, LENGTH, SOURCE, Known, grow_tree, learn_from
 from proposers.calibration import (
     CORPUS,
     LOCAL,
@@ -28,13 +28,12 @@ from proposers.calibration import (
     Calibration,
     Float64Array,
     agreement_class,
-    source_of,
 )
 from proposers.numba_cache import CACHE
 from proposers.recycled_tokens import RecycledTokens, note, recycle
 from proposers.shared_text import SharedText, write
 from proposers.text_index import NO_INDEX, NOBODY, TOKENS, allocate, extend, find_places, next_place
-from proposers.tree import ByteArray, DraftTree, FloatArray, IntArray
+from proposers.tree import DraftTree, FloatArray, IntArray
 
 MAX_NGRAM = 8
 """Largest n-gram that can be looked up."""
@@ -171,9 +170,8 @@ class RequestGuesses:
         """
         if verified.top is not None and len(self._said[0]) and self._root >= 0:
             n = min(verified.num_nodes, tree.num_guesses)
-            path = verified.path[verified.path < n]
             self._progress[SAID] = note(
-                *self._said, self._progress[SAID], self._root, tree.token_ids[:n], verified.top[: n + 1], path
+                *self._said, self._progress[SAID], self._root, tree.token_ids[:n], verified.top[: n + 1], verified.path
             )
         self._root = int(verified.tokens[-1])
 
@@ -239,7 +237,7 @@ def next_tree(
         context: int32 [t].
         pooled: int32 [g, n], the pool's n-grams.
         budget: most nodes.
-        states: see ``best_first.open_node``; so ``owners``, ``recycled``, ``engine``, ``request`` and ``shortest``.
+        states: see ``best_first.Known``; so ``owners``, ``recycled``, ``engine``, ``request`` and ``shortest``.
         owners: see there.
         writer: see ``shared_text.write``.
         recycled: see there.
@@ -260,10 +258,9 @@ def next_tree(
     Returns:
         The number of nodes.
     """
+    known = Known(states, owners, shortest, recycled, copies, about, engine, request)
     if progress[1] > 0:
-        learn_from(
-            context, progress[1], states, owners, shortest, recycled, copies, about, progress[0], engine, request
-        )
+        learn_from(known, context, progress[1], progress[0])
     if progress[SAID] > 0:
         recycle(recycled, owners[RECYCLED], said[0][: progress[SAID]], said[1])
         progress[SAID] = 0
@@ -281,32 +278,7 @@ def next_tree(
         count += 1
     progress[0] = count
     progress[1] = len(context)
-    return grow_tree(
-        context,
-        states,
-        owners,
-        shortest,
-        recycled,
-        copies,
-        about,
-        count,
-        engine,
-        request,
-        min(budget, nodes.shape[1]),
-        threshold,
-        max_depth,
-        nodes,
-        chances,
-    )
-
-
-@njit(cache=CACHE)
-def sources_of(levels: IntArray) -> ByteArray:
-    """uint8 [n]: the source that each kind of level (int32 [n]) belongs to."""
-    sources = np.empty(len(levels), np.uint8)
-    for i in range(len(levels)):
-        sources[i] = source_of(levels[i])
-    return sources
+    return grow_tree(known, context, count, min(budget, nodes.shape[1]), threshold, max_depth, nodes, chances)
 
 
 @njit(cache=CACHE)
@@ -322,8 +294,8 @@ def find_copies(
 
     Args:
         context: int32 [t], in all of the local index but for its last token.
-        states: see ``best_first.open_node``.
-        owners: see ``best_first.open_node``.
+        states: see ``best_first.Known``.
+        owners: see ``best_first.Known``.
         most: how many for each text.
         copies: int32 [>= 4 * most, d], receives the tokens.
         about: int32 [3, >= 4 * most], receives what ``open_node`` wants to know of each.

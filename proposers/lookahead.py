@@ -26,7 +26,7 @@ from proposers import ngram_pool
 from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer, Verified
 from proposers.calibration import POOL, SOURCES
 from proposers.corpus import open_index
-from proposers.guesses import NODES, Guesses, PromptLookupOptions, RequestGuesses, next_tree, sources_of
+from proposers.guesses import NODES, Guesses, PromptLookupOptions, RequestGuesses, next_tree
 from proposers.jacobi_window import STEPS, JacobiWindow, advance, comb_size, largest_comb, store_tips, write_comb
 from proposers.ngram_pool import NgramPool, gather_guesses
 from proposers.numba_cache import CACHE
@@ -203,7 +203,7 @@ class LookaheadRequest(RequestProposer):
         )
         nodes = self._guesses.nodes[:, : guessed + comb].copy()
         chances = self._guesses.chances[:guessed].copy()
-        return DraftTree(nodes[0], nodes[1], nodes[2], comb, chances, sources_of(nodes[3, :guessed]))
+        return DraftTree(nodes[0], nodes[1], nodes[2], comb, chances, nodes[3, :guessed].astype(np.uint8))
 
 
 @njit(cache=CACHE)

@@ -14,7 +14,7 @@ import numpy as np
 from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer, Verified
 from proposers.calibration import SOURCES
 from proposers.corpus import open_index
-from proposers.guesses import Guesses, PromptLookupOptions, RequestGuesses, next_tree, sources_of
+from proposers.guesses import Guesses, PromptLookupOptions, RequestGuesses, next_tree
 from proposers.registry import register
 from proposers.tree import DraftTree, IntArray
 
@@ -81,7 +81,7 @@ class GuessingRequest(RequestProposer):
             return NO_GUESS
         nodes = self._guesses.nodes[:, :size].copy()
         chances = self._guesses.chances[:size].copy()
-        return DraftTree(nodes[0], nodes[1], nodes[2], 0, chances, sources_of(nodes[3]))
+        return DraftTree(nodes[0], nodes[1], nodes[2], 0, chances, nodes[3].astype(np.uint8))
 
 
 class RecyclingRequest(GuessingRequest):

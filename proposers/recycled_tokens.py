@@ -89,12 +89,15 @@ def recycle(state: IntArray, owner: int, tokens: IntArray, top: IntArray) -> Non
         row = first
         while row < first + WAYS - 1 and not (state[row, TOKEN] == tokens[i] and state[row, OWNER] == owner):
             row += 1
+        # loops, not slices: these are so short that a slice takes longer
         while row > first:
-            state[row] = state[row - 1]
+            for column in range(state.shape[1]):
+                state[row, column] = state[row - 1, column]
             row -= 1
         state[first, OWNER] = owner
         state[first, TOKEN] = tokens[i]
-        state[first, TOP:] = top[i]
+        for rank in range(top.shape[1]):
+            state[first, TOP + rank] = top[i, rank]
 
 
 @njit(cache=CACHE)
@@ -110,7 +113,7 @@ def note(
         root: the root's token.
         nodes: int32 [m], the nodes' tokens.
         said: int32 [m + 1, k], the likeliest tokens after the root (entry 0) and after node i (entry i + 1).
-        path: int32 [a], the accepted nodes.
+        path: int32 [a], the accepted nodes, from the root down; those beyond ``nodes`` are left out.
 
     Returns:
         How many are kept now.
@@ -118,19 +121,23 @@ def note(
     if count + len(nodes) + 1 > len(tokens):
         count = 0
     accepted = len(path) - 1
+    while accepted >= 0 and path[accepted] >= len(nodes):
+        accepted -= 1
+    last = accepted
     for i in range(len(nodes) - 1, -1, -1):
         if accepted >= 0 and path[accepted] == i:
             accepted -= 1
-            continue
-        tokens[count] = nodes[i]
-        top[count] = said[i + 1]
-        count += 1
-    tokens[count] = root
-    top[count] = said[0]
-    count += 1
-    for i in path:
-        if i < len(nodes):
-            tokens[count] = nodes[i]
-            top[count] = said[i + 1]
-            count += 1
+        else:
+            count = _keep(tokens, top, count, nodes[i], said[i + 1])
+    count = _keep(tokens, top, count, root, said[0])
+    for i in path[: last + 1]:
+        count = _keep(tokens, top, count, nodes[i], said[i + 1])
     return count
+
+
+@njit(cache=CACHE)
+def _keep(tokens: IntArray, top: IntArray, count: int, token: int, said: IntArray) -> int:
+    tokens[count] = token
+    for rank in range(len(said)):
+        top[count, rank] = said[rank]
+    return count + 1

@@ -45,6 +45,9 @@ TOKEN_MASK = (1 << TOKEN_BITS) - 1
 ONE = 1 << TOKEN_BITS
 MOST = 2047
 
+AHEAD = 4
+"""So many tokens before they are counted a long text's rows are asked for."""
+
 BLOCK = 32
 """Tokens that lie side by side in a text that many requests write to (``proposers.shared_text``)."""
 # A block: the ones before and after it in the same text, how many tokens it has, whose they are.
@@ -242,11 +245,22 @@ def link_place(state: IntArray, text: IntArray, start: int, end: int, place: int
         heads += half
 
 
+@njit(cache=CACHE, inline="always")
+def _ask_for_rows(state: IntArray, text: IntArray, at: int) -> None:
+    """``count_token`` will count ``text[at]`` soon."""
+    key = first_key(0)
+    for n in range(1, min(state[ORDER] - 1, at) + 1):
+        key = extend_key(key, text[at - n])
+        prefetch_row(state, row_key(key, n))
+
+
 @njit(cache=CACHE)
 def extend(state: IntArray, text: IntArray, end: int) -> None:
     """Take in a text (int32 [t]) up to ``end``, at most t - 1: its places before ``end`` and what follows each."""
     for at in range(state[INDEXED], end):
         state[NOW] = at  # an index with less than a row for each n-gram keeps the latest
+        if at + AHEAD < end:
+            _ask_for_rows(state, text, at + AHEAD)
         link_place(state, text, 0, at + 1, at, 0)
         count_token(state, text, 0, at + 1, 0)
     state[INDEXED] = max(int(state[INDEXED]), end)

@@ -148,7 +148,7 @@ def tokens_of(pieces: Iterable[str], tokenizer: Any) -> NDArray[np.int32]:
 
     def encode() -> None:
         nonlocal total
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+        for ids in ids_of(batch, tokenizer):
             parts.append(np.array(ids, np.int32))
             total += len(ids)
         batch.clear()
@@ -162,6 +162,19 @@ def tokens_of(pieces: Iterable[str], tokenizer: Any) -> NDArray[np.int32]:
     if batch:
         encode()
     return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+def ids_of(texts: list[str], tokenizer: Any) -> Iterable[list[int]]:
+    """The tokens of each text, without special ones."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield from tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return
+    # The same without masks and offsets, which nobody asks for here and which take a quarter of the time.
+    backend.no_truncation()
+    backend.no_padding()
+    for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+        yield encoding.ids
 
 
 def digest(files: Iterable[Path], tokenizer: Any, order: int) -> str:

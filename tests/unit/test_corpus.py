@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from proposers import PromptLookup, PromptLookupOptions, RequestInfo
 from proposers.calibration import CORPUS
 from proposers.corpus import open_index, write_index
 from vllm_lookahead.config import ConfigError
-from vllm_lookahead.corpus import PIECE, files_of, index_of, pieces_of, texts_of, tokens_of
+from vllm_lookahead.corpus import PIECE, files_of, ids_of, index_of, pieces_of, texts_of, tokens_of
 
 LOG = logging.getLogger(__name__)
 
@@ -144,6 +145,12 @@ def test_its_end_is_its_end(tmp_path: Path) -> None:
 def test_many_batches_of_pieces() -> None:
     words = Words()
     assert len(tokens_of((f"{i} {i}" for i in range(3000)), words)) == 6000
+
+
+def test_a_fast_tokenizer_says_the_same_as_when_it_is_called(demo_model: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    texts = ["def f(x):\n    return x", "", "Grüße, 世界"]
+    assert list(ids_of(texts, tokenizer)) == tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 def test_the_file_is_mapped_not_read(tmp_path: Path) -> None:
