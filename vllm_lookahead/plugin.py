@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -221,11 +222,13 @@ def _prepare(
 
 
 def _has_worker_processes(parallel_config: Any) -> bool:
-    """Whether vLLM would take its ``MultiprocExecutor``; on a CPU it does so for one worker, too."""
-    from vllm import envs
+    """Whether vLLM would take its ``MultiprocExecutor``.
 
+    On a CPU it does so for one worker, too. It decides that later (``vllm/platforms/cpu.py``) and by the environment,
+    not by ``vllm.envs``, which may remember what was there before.
+    """
     backend = parallel_config.distributed_executor_backend
-    return backend == "mp" or (backend == "uni" and envs.VLLM_ENABLE_V1_MULTIPROCESSING)
+    return backend == "mp" or (backend == "uni" and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") == "1")
 
 
 def _with_ours(additional: Any, config: LookaheadConfig) -> dict[str, Any]:
