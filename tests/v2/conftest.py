@@ -16,9 +16,13 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
 else:
+    import flash_on_cpu
     from engine.cases import Encode
     from engine.engines import METHODS, runner_of, start_engine, stop_engine
     from vllm import LLM
+    from vllm.v1.attention.backends import fa_utils, flash_attn
+
+    from vllm_lookahead import plugin
 
     SMALL: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 6, "max_num_batched_tokens": 256}
     """Engines as in ``tests/engine``, but a step of the interpreter takes as long as the step is large."""
@@ -58,3 +62,14 @@ else:
         assert runner_of(llm).trees_verifiable
         yield llm
         stop_engine(llm)
+
+    @pytest.fixture(scope="module")
+    def cuda_runner(in_process: None) -> Iterator[None]:
+        """CUDA's runner where the CPU's would run."""
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (fa_utils, flash_attn):
+                for name in flash_on_cpu.STAND_INS:
+                    patch.setattr(module, name, None, raising=False)
+            patch.setitem(plugin.WORKERS, ("cpu", "v2"), "")
+            flash_on_cpu.use()
+            yield

@@ -9,16 +9,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import flash_on_cpu
 import graphs_on_cpu
 import pytest
 import torch
 from engine.cases import Encode
 from engine.engines import TreeSpy, assert_same, engine, run, runner_of
 from vllm import LLM
-from vllm.v1.attention.backends import fa_utils, flash_attn
 
-from vllm_lookahead import plugin
 from vllm_lookahead.attention.flash import TreeFlashAttentionMetadataBuilder
 from vllm_lookahead.attention.packing import TreePacker
 from vllm_lookahead.v2 import self_check
@@ -30,20 +27,15 @@ from .test_exactness import TREES
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cuda_runner(in_process: None) -> Iterator[None]:
-    """CUDA's runner where the CPU's would run."""
+def graphs(cuda_runner: None) -> Iterator[None]:
+    """CUDA's runner with functions for graphs."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (fa_utils, flash_attn):
-            for name in flash_on_cpu.STAND_INS:
-                patch.setattr(module, name, None, raising=False)
-        patch.setitem(plugin.WORKERS, ("cpu", "v2"), "")
-        flash_on_cpu.use()
         graphs_on_cpu.use(patch)
         yield
 
 
 @pytest.fixture(scope="module")
-def in_graphs(demo_model: str, cuda_runner: None) -> Iterator[LLM]:
+def in_graphs(demo_model: str, graphs: None) -> Iterator[LLM]:
     with engine(demo_model, TREES, **SMALL) as llm:
         yield llm
 

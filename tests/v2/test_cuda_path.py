@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import flash_on_cpu
 import pytest
 import torch
 from engine.cases import Encode, either, greedy
 from engine.engines import Request, TreeSpy, assert_same, engine, run, runner_of
 from engine.prompts import PROMPTS
 from vllm import LLM
-from vllm.v1.attention.backends import fa_utils, flash_attn
 
-from vllm_lookahead import plugin
 from vllm_lookahead.v2 import self_check
 from vllm_lookahead.v2.cuda_runner import LookaheadCUDARunner
 from vllm_lookahead.v2.kernels.walk import DeviceWalks
@@ -22,17 +19,7 @@ from vllm_lookahead.v2.kernels.walk import DeviceWalks
 from .conftest import SMALL
 from .test_exactness import TREES
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cuda_runner(in_process: None) -> Iterator[None]:
-    """CUDA's runner where the CPU's would run."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (fa_utils, flash_attn):
-            for name in flash_on_cpu.STAND_INS:
-                patch.setattr(module, name, None, raising=False)
-        patch.setitem(plugin.WORKERS, ("cpu", "v2"), "")
-        flash_on_cpu.use()
-        yield
+pytestmark = pytest.mark.usefixtures("cuda_runner")
 
 
 @pytest.fixture(scope="module")
