@@ -24,7 +24,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from proposers import DraftTree, RequestInfo
 from vllm_lookahead.drafting.drafter import Drafter
-from vllm_lookahead.drafting.likeliest import likeliest
+from vllm_lookahead.drafting.likeliest import likeliest_np
+from vllm_lookahead.drafting.likeliest import warm_up as warm_up_likeliest
 from vllm_lookahead.drafting.planner import Planner, room_for
 from vllm_lookahead.drafting.policy import FixedBudget
 from vllm_lookahead.drafting.request_info import request_info
@@ -116,6 +117,8 @@ class LookaheadRunnerMixin(Base):
     def prepare_drafting(self) -> None:
         """Compile what the first request would wait for, and measure what a step costs. Every rank calls it."""
         self.drafter.warm_up()
+        if self.drafter.proposer.num_top:
+            warm_up_likeliest(self.device)
         warm_up_walks()
         if self.trees_verifiable:
             self.warm_up_trees()
@@ -222,7 +225,7 @@ class LookaheadRunnerMixin(Base):
             return super()._sample(logits, spec_decode_metadata)
         if num_top := self.drafter.proposer.num_top:
             # before the sampler writes penalties into the logits
-            self._top = likeliest(logits, num_top).cpu().numpy()
+            self._top = likeliest_np(logits, num_top)
         if step is None:
             batch = self.input_batch
             discard = self.discard_request_mask.np[: batch.num_reqs]

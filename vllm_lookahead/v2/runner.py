@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu.sample.penalties import PenaltiesState, use_penalty
 from proposers import DraftTree
 from vllm_lookahead.drafting.drafter import Drafter
 from vllm_lookahead.drafting.likeliest import likeliest
+from vllm_lookahead.drafting.likeliest import warm_up as warm_up_likeliest
 from vllm_lookahead.drafting.planner import Planner, room_for
 from vllm_lookahead.drafting.policy import FixedBudget
 from vllm_lookahead.drafting.request_info import request_info
@@ -157,6 +158,8 @@ class LookaheadV2RunnerMixin(Base):
     def prepare_drafting(self) -> None:
         """Compile what the first request would wait for, and measure what a step costs. Every rank calls it."""
         self.drafter.warm_up()
+        if self.drafter.proposer.num_top:
+            warm_up_likeliest(self.device)
         warm_up_walks()
         if self.trees_verifiable:
             self.warm_up_trees()
