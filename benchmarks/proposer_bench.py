@@ -121,7 +121,7 @@ def strings_in(value: Any) -> Iterator[str]:
 
 def every_source(texts: Texts, index: Path) -> PromptLookup:
     """Prompt lookup with all that it can know but a prediction, which is a request's own."""
-    proposer = PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET, recycled_tokens=8))
+    proposer = PromptLookup(PromptLookupOptions(max_draft_tokens=BUDGET))
     for text in texts.others:
         proposer.start("another", text[:1]).propose(text, 0)
     write_index(texts.corpus, index, proposer.options.max_ngram)
@@ -259,8 +259,8 @@ def starts_of(texts: Texts, index: Path, only: str) -> dict[str, Start]:
     window = LookaheadOptions(window_size=15, ngram_size=5, guess_set_size=15)
     candidates: dict[str, Callable[[], Start | None]] = {
         "prompt_lookup": lookup,
-        "prompt_lookup, its own text": lambda: lookup(shared_tokens=0),
-        "prompt_lookup, recycling": lambda: lookup(recycled_tokens=8),
+        "prompt_lookup, its own text": lambda: lookup(shared_tokens=0, recycled_tokens=0),
+        "prompt_lookup, no recycling": lambda: lookup(recycled_tokens=0),
         "prompt_lookup, every source": lambda: of_proposer(every_source(texts, index), BUDGET, predicted=True),
         "token_recycling": lambda: of_proposer(TokenRecycling(TokenRecyclingOptions(max_draft_tokens=BUDGET)), BUDGET),
         "lookahead": lambda: of_proposer(Lookahead(window), BUDGET + 59),

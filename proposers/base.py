@@ -18,7 +18,7 @@ class ProposerOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # not frozen: see DraftTree
 class Verified:
     """What the target model said about one request's tree in one step.
 

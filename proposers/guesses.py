@@ -68,7 +68,7 @@ class PromptLookupOptions(ProposerOptions):
         None, min_length=1, description="A .txt or .jsonl file, or a folder of them, to guess from."
     )
     recycled_tokens: int = Field(
-        0,
+        8,
         ge=0,
         le=MOST_RANKS,
         description="How many of the model's own likeliest tokens are remembered after each token; 0: none.",
@@ -160,6 +160,7 @@ class RequestGuesses:
         # an n-gram of the pool is taken as it is
         depth, threshold = (o.max_depth, o.min_probability) if texts or room else (pool[1], 0.0)
         self._settings = (o.min_ngram, o.max_matches, depth, threshold)
+        self._arguments = self._collected()
 
     def _reserved(self, length: int) -> IntArray:
         return allocate(length + length // 2 + 256, self._guesses.options.max_ngram, own_tokens=False)
@@ -181,6 +182,10 @@ class RequestGuesses:
         self._root = int(context[-1])
         if self._texts and length > self._local[text_index.CAPACITY]:
             self._local = self._reserved(length)
+            self._arguments = self._collected()
+        return self._arguments
+
+    def _collected(self) -> tuple[Any, ...]:
         g = self._guesses
         return (
             (self._local, self._shared, self._prediction, g.corpus),

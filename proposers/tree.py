@@ -22,7 +22,7 @@ NO_CHANCES = np.empty(0, np.float32)
 NO_SOURCES = np.empty(0, np.uint8)
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # not frozen: that takes three times as long, once per request and step
 class DraftTree:
     """Guessed tokens hanging from the root; parents come before children, so every prefix is a valid tree.
 
