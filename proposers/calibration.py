@@ -56,13 +56,11 @@ MOST = 0.995
 @njit(cache=CACHE, inline="always")
 def knowledge(count: int, kinds: int) -> int:
     """How much a row knows that has seen ``count`` followers of so many kinds: 0 (nothing) to ``KNOWLEDGE`` - 1."""
-    if count <= 1:
-        return count
-    if kinds == 1:
-        return 2 if count <= 3 else 3
-    if count <= 4:
-        return 4
-    return 5 if count <= 16 else 6
+    # no branches: they would go either way, and a wrong guess takes a processor longer than all of this
+    one = 2 + (count > 3)
+    several = 4 + (count > 4) + (count > 16)
+    some = one if kinds == 1 else several
+    return some if count > 1 else count
 
 
 @njit(cache=CACHE, inline="always")
@@ -181,8 +179,13 @@ def chance(engine: Float64Array, request: Float64Array, level: int) -> float:
         level: the kind.
     """
     source = source_of(level)
-    ratio = request[HELD, source] / request[SEEN, source]
-    return min(MOST, engine[HELD, level] / engine[SEEN, level] * ratio)
+    return chance_of(engine, level, request[HELD, source] / request[SEEN, source])
+
+
+@njit(cache=CACHE, inline="always")
+def chance_of(engine: Float64Array, level: int, ratio: float) -> float:
+    """``chance`` where it is known how often the levels of this source held, to how often they should have."""
+    return min(MOST, engine[HELD, np.uint64(level)] / engine[SEEN, np.uint64(level)] * ratio)
 
 
 @njit(cache=CACHE)

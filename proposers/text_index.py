@@ -126,17 +126,20 @@ def row_key(key: np.uint64, n: int) -> np.uint64:
     return mixed ^ (mixed >> np.uint64(29))
 
 
+def _emit_prefetch(builder: Any, pointer: Any) -> None:
+    flag = ir.IntType(32)
+    signature = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
+    builder.call(function, [pointer, flag(0), flag(3), flag(1)])  # to read, keep, data
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(typing: Any, array: Any, at: Any) -> Any:
     """Ask for the cache line of ``array[at]`` before it is needed: most time of a proposal is spent on waiting."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         struct = context.make_array(array)(context, builder, arguments[0])
-        pointer = builder.bitcast(builder.gep(struct.data, [arguments[1]]), ir.IntType(8).as_pointer())
-        flag = ir.IntType(32)
-        signature_of_llvm = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
-        function = cgutils.get_or_insert_function(builder.module, signature_of_llvm, "llvm.prefetch.p0i8")
-        builder.call(function, [pointer, flag(0), flag(3), flag(1)])  # to read, keep, data
+        _emit_prefetch(builder, builder.bitcast(builder.gep(struct.data, [arguments[1]]), ir.IntType(8).as_pointer()))
         return context.get_dummy_value()
 
     return types.void(array, types.intp), emit
@@ -167,6 +170,78 @@ def find_row(state: IntArray, key: np.uint64, owner: int) -> int:
 @njit(cache=CACHE, inline="always")
 def _age(state: IntArray, row: int) -> int:
     return int(np.int64(state[NOW]) - np.int64(state[row + STAMP])) & 0x7FFFFFFF
+
+
+# The same by addresses, for a kernel that asks several indices at every turn: which array it is isn't known before, and
+# to choose one out of a tuple takes longer than to look into it. Whoever passes an address keeps the array.
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def peek(typing: Any, address: Any) -> Any:
+    """The int32 at an address, as int64."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(32).as_pointer())
+        return builder.sext(builder.load(pointer, align=4), ir.IntType(64))
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def seen_in_row(typing: Any, address: Any) -> Any:
+    """How often the followers in the row at an address were seen, in all."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row = ir.VectorType(ir.IntType(32), ROW)
+        values = builder.load(builder.inttoptr(arguments[0], row.as_pointer()), align=4)
+        seen = builder.lshr(values, ir.Constant(row, [TOKEN_BITS] * ROW))
+        seen = builder.and_(seen, ir.Constant(row, [0] * FOLLOWERS + [-1] * SLOTS))
+        add = ir.FunctionType(ir.IntType(32), [row])
+        function = cgutils.get_or_insert_function(builder.module, add, f"llvm.vector.reduce.add.v{ROW}i32")
+        return builder.zext(builder.call(function, [seen]), ir.IntType(64))
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch_at(typing: Any, address: Any) -> Any:
+    """Ask for the cache line of an address."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _emit_prefetch(builder, builder.inttoptr(arguments[0], ir.IntType(8).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@njit(cache=CACHE, inline="always")
+def prefetch_row_at(first: int, key: np.uint64, shift: np.uint64) -> None:
+    """``row_address`` will be asked for this soon."""
+    at = np.int64(key >> shift) * (4 * ROW)
+    for way in range(WAYS):
+        _prefetch_at(first + (at ^ (way * 4 * ROW)))
+
+
+@njit(cache=CACHE, inline="always")
+def row_address(first: int, key: np.uint64, shift: np.uint64, owner: int) -> int:
+    """Where in memory the row of a ``row_key`` begins, or 0; whatever its age.
+
+    Without branches: which way it is can't be foreseen, and a wrong guess takes longer than to look at all.
+
+    Args:
+        first: where the rows begin.
+        key: see ``row_key``.
+        shift: 64 less the index's ``ROW_BITS``.
+        owner: whose.
+    """
+    at = np.int64(key >> shift) * (4 * ROW)
+    check = np.int64(key & np.uint64(0x7FFFFFFF))
+    found = 0
+    for way in range(WAYS - 1, -1, -1):
+        row = first + (at ^ (way * 4 * ROW))
+        is_it = (peek(row + 4 * CHECK) == check) & (peek(row + 4 * OWNER) == owner)
+        found = int(row) if is_it else found
+    return found
 
 
 @njit(cache=CACHE)
