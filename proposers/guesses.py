@@ -33,15 +33,16 @@ from proposers.numba_cache import CACHE
 from proposers.recycled_tokens import RecycledTokens, note, recycle
 from proposers.shared_text import SharedText, write
 from proposers.text_index import NO_INDEX, NOBODY, TOKENS, allocate, extend, find_places, next_place
-from proposers.tree import DraftTree, FloatArray, IntArray
+from proposers.tree import ByteArray, DraftTree, FloatArray, IntArray
 
 MAX_NGRAM = 8
 """Largest n-gram that can be looked up."""
 NO_TOKENS = np.empty((0, 0), np.int32)
-NODES = 10
-"""Which of ``RequestGuesses.arguments`` are the nodes."""
-SAID = 2
-"""Where in ``next_tree``'s progress the number of tokens stands of which the target model has said what follows."""
+NODES, CHANCES = 10, 11
+"""Which of ``RequestGuesses.arguments`` are the nodes and their chances."""
+COPIED, LEARNT, SAID, ROOT = range(4)
+"""A request's progress: how many copies the last tree had and how long the context was then, how many tokens the target
+model has said something about since, and the root's token, or -1 before the first."""
 STEPS = 24
 """Longest walk along the places of one n-gram."""
 
@@ -136,8 +137,7 @@ class RequestGuesses:
         most = TEXTS * o.max_matches + pool[0]
         self._copies = np.empty((most, max(o.max_depth, pool[1])), np.int32)
         self._about = np.empty((3, most), np.int32)
-        # copies found last, the context's length then, and what has been said since
-        self._progress = np.zeros(3, np.int64)
+        self._progress = np.array([0, 0, 0, -1])
         self._local = self._reserved(len(prompt)) if texts else NO_INDEX
         self._shared = NO_INDEX
         owner = NOBODY
@@ -153,8 +153,8 @@ class RequestGuesses:
         corpus = 0 if texts and len(guesses.corpus) > text_index.HEADER else NOBODY
         recycler = NOBODY if guesses.recycled is None else guesses.recycled.owner(info.namespace)
         self._owners = np.array([0 if texts else NOBODY, owner, predicted, corpus, NOBODY, recycler], np.int32)
-        self._root = NOBODY
-        room = 0 if guesses.recycled is None else 2 * (guesses.nodes.shape[1] + 1)
+        self._recycles = guesses.recycled is not None
+        room = 2 * (guesses.nodes.shape[1] + 1) if self._recycles else 0
         self._said = np.empty(room, np.int32), np.empty((room, o.recycled_tokens), np.int32)
         self._texts = texts
         # an n-gram of the pool is taken as it is
@@ -169,17 +169,13 @@ class RequestGuesses:
         """Keep what the target model said at the verified guesses for the next ``next_tree``, which takes it in when it
         has learnt what the last tree was worth: before, that would have been a look into the future.
         """
-        if verified.top is not None and len(self._said[0]) and self._root >= 0:
+        if verified.top is not None and self._recycles:
             n = min(verified.num_nodes, tree.num_guesses)
-            self._progress[SAID] = note(
-                *self._said, self._progress[SAID], self._root, tree.token_ids[:n], verified.top[: n + 1], verified.path
-            )
-        self._root = int(verified.tokens[-1])
+            note_step(self._said, self._progress, verified.tokens, tree.token_ids, n, verified.top, verified.path)
 
     def arguments(self, context: IntArray) -> tuple[Any, ...]:
         """What ``next_tree`` takes after the context and the pool's guesses."""
         length = len(context)
-        self._root = int(context[-1])
         if self._texts and length > self._local[text_index.CAPACITY]:
             self._local = self._reserved(length)
             self._arguments = self._collected()
@@ -212,6 +208,60 @@ def predicted_text(prompt: IntArray, prediction: IntArray, order: int) -> IntArr
     state[text_index.LENGTH] = len(text)
     extend(state, text, len(text) - 1)
     return state
+
+
+@njit(cache=CACHE)
+def note_step(
+    said: tuple[IntArray, IntArray],
+    progress: IntArray,
+    tokens: IntArray,
+    nodes: IntArray,
+    verified: int,
+    top: IntArray,
+    path: IntArray,
+) -> None:
+    """Keep what a step said, and its new root.
+
+    Args:
+        said: see ``next_tree``; so ``progress``.
+        progress: see there.
+        tokens: int32 [a + 1], what the step emitted.
+        nodes: see ``recycled_tokens.note``; so ``verified`` and ``path``.
+        verified: see there.
+        top: its ``said``.
+        path: see there.
+    """
+    if progress[ROOT] >= 0:
+        progress[SAID] = note(said[0], said[1], progress[SAID], progress[ROOT], nodes, verified, top, path)
+    progress[ROOT] = tokens[len(tokens) - 1]
+
+
+@njit(cache=CACHE)
+def grown(
+    context: IntArray, budget: int, known: tuple[Any, ...]
+) -> tuple[IntArray, IntArray, IntArray, FloatArray, ByteArray]:
+    """``next_tree`` without a pool, and ``taken``."""
+    size = next_tree(context, np.empty((0, 0), np.int32), budget, *known)
+    return taken(size, size, known[NODES], known[CHANCES])
+
+
+@njit(cache=CACHE)
+def taken(
+    size: int, guesses: int, nodes: IntArray, chances: FloatArray
+) -> tuple[IntArray, IntArray, IntArray, FloatArray, ByteArray]:
+    """The tree that was made last (``Guesses``), in arrays of its own: here, since numpy takes several times as long.
+
+    Args:
+        size: how many nodes it has.
+        guesses: how many of them are guesses.
+        nodes: see ``Guesses``; so ``chances``.
+        chances: see there.
+
+    Returns:
+        Its tokens, parents and depths, the guesses' chances and sources.
+    """
+    sources = nodes[3, :guesses].astype(np.uint8)
+    return nodes[0, :size].copy(), nodes[1, :size].copy(), nodes[2, :size].copy(), chances[:guesses].copy(), sources
 
 
 @njit(cache=CACHE)
@@ -249,8 +299,7 @@ def next_tree(
         said: int32 [room] and [room, k], tokens and what the target model found likeliest after them.
         copies: what ``find_copies`` wrote for the last tree, changed in place.
         about: see ``copies``.
-        progress: int64 [3], how many copies those are, the context's length then, and how many entries ``said`` has;
-            changed in place.
+        progress: int64 [4], see ``COPIED``; changed in place.
         engine: see there.
         request: see there.
         nodes: see ``best_first.grow_tree``; so ``chances``, ``max_depth`` and ``threshold``.
@@ -264,8 +313,9 @@ def next_tree(
         The number of nodes.
     """
     known = Known(states, owners, shortest, recycled, copies, about, engine, request)
-    if progress[1] > 0:
-        learn_from(known, context, progress[1], progress[0])
+    progress[ROOT] = context[len(context) - 1]
+    if progress[LEARNT] > 0:
+        learn_from(known, context, progress[LEARNT], progress[COPIED])
     if progress[SAID] > 0:
         recycle(recycled, owners[RECYCLED], said[0][: progress[SAID]], said[1])
         progress[SAID] = 0
@@ -281,8 +331,8 @@ def next_tree(
         about[AGREEMENT, count] = 1
         about[SOURCE, count] = POOL
         count += 1
-    progress[0] = count
-    progress[1] = len(context)
+    progress[COPIED] = count
+    progress[LEARNT] = len(context)
     return grow_tree(known, context, count, min(budget, nodes.shape[1]), threshold, max_depth, nodes, chances)
 
 

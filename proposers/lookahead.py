@@ -26,12 +26,12 @@ from proposers import ngram_pool
 from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer, Verified
 from proposers.calibration import POOL, SOURCES
 from proposers.corpus import open_index
-from proposers.guesses import NODES, Guesses, PromptLookupOptions, RequestGuesses, next_tree
+from proposers.guesses import CHANCES, NODES, Guesses, PromptLookupOptions, RequestGuesses, next_tree, taken
 from proposers.jacobi_window import STEPS, JacobiWindow, advance, comb_size, largest_comb, store_tips, write_comb
 from proposers.ngram_pool import NgramPool, gather_guesses
 from proposers.numba_cache import CACHE
 from proposers.registry import register
-from proposers.tree import ByteArray, DraftTree, IntArray
+from proposers.tree import ByteArray, DraftTree, FloatArray, IntArray
 
 GAIN_RATE = 0.05
 """How fast ``branch_gain`` follows the last steps."""
@@ -125,7 +125,6 @@ class LookaheadRequest(RequestProposer):
     def __init__(self, proposer: Lookahead, request_id: str, prompt: IntArray, info: RequestInfo) -> None:
         o = proposer.options
         self._options = o
-        self._guesses = proposer.guesses
         pool = (o.guess_set_size, o.ngram_size - 1)
         self._known = RequestGuesses(proposer.guesses, prompt, info, pool, texts=o.prompt_lookup)
         self._window = JacobiWindow(o.window_size, o.ngram_size, request_id)
@@ -190,7 +189,7 @@ class LookaheadRequest(RequestProposer):
     def _propose(self, context: IntArray, budget: int, with_guesses: bool, with_comb: bool) -> DraftTree:
         self._pool.reserve(self._options.window_size + len(context) - self._length)
         self._length = len(context)
-        guessed, comb, self._due = _propose(
+        tree, comb, self._due = _propose(
             self._pool.state,
             self._window.state,
             context,
@@ -201,9 +200,8 @@ class LookaheadRequest(RequestProposer):
             *self._settings,
             self._known.arguments(context),
         )
-        nodes = self._guesses.nodes[:, : guessed + comb].copy()
-        chances = self._guesses.chances[:guessed].copy()
-        return DraftTree(nodes[0], nodes[1], nodes[2], comb, chances, nodes[3, :guessed].astype(np.uint8))
+        tokens, parents, depths, chances, sources = tree
+        return DraftTree(tokens, parents, depths, comb, chances, sources)
 
 
 @njit(cache=CACHE)
@@ -220,11 +218,12 @@ def _propose(
     branch_every: int,
     max_draft_tokens: int,
     known: tuple[Any, ...],
-) -> tuple[int, int, bool]:
+) -> tuple[tuple[IntArray, IntArray, IntArray, FloatArray, ByteArray], int, bool]:
     """One step, in one call: bring window, pool and texts up to date and write the tree.
 
     Returns:
-        The number of guessed nodes, the number of comb nodes, which follow them, and whether it is the window's turn.
+        The tree (``guesses.taken``), the number of comb nodes, which follow the guesses, and whether it is the window's
+        turn.
     """
     if with_window:
         advance(window, pool, context, always_forward_one)
@@ -241,7 +240,7 @@ def _propose(
         guessed = next_tree(context, pooled[:count], room, *known)
     if comb > 0:
         comb = write_comb(window, guessed, min(comb, budget - guessed), known[NODES])
-    return guessed, comb, due
+    return taken(guessed + comb, guessed, known[NODES], known[CHANCES]), comb, due
 
 
 @njit(cache=CACHE)

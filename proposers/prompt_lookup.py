@@ -14,12 +14,9 @@ import numpy as np
 from proposers.base import NO_INFO, Proposer, RequestInfo, RequestProposer, Verified
 from proposers.calibration import SOURCES
 from proposers.corpus import open_index
-from proposers.guesses import Guesses, PromptLookupOptions, RequestGuesses, next_tree
+from proposers.guesses import Guesses, PromptLookupOptions, RequestGuesses, grown
 from proposers.registry import register
 from proposers.tree import DraftTree, IntArray
-
-NO_GUESS = DraftTree.empty()
-NO_POOL = np.empty((0, 0), np.int32)
 
 
 @register("prompt_lookup")
@@ -76,12 +73,8 @@ class GuessingRequest(RequestProposer):
 
     def propose(self, context: IntArray, budget: int) -> DraftTree:
         """See ``RequestProposer.propose``."""
-        size = next_tree(context, NO_POOL, budget, *self._known.arguments(context))
-        if size == 0:
-            return NO_GUESS
-        nodes = self._guesses.nodes[:, :size].copy()
-        chances = self._guesses.chances[:size].copy()
-        return DraftTree(nodes[0], nodes[1], nodes[2], 0, chances, nodes[3].astype(np.uint8))
+        tokens, parents, depths, chances, sources = grown(context, budget, self._known.arguments(context))
+        return DraftTree(tokens, parents, depths, 0, chances, sources)
 
 
 class RecyclingRequest(GuessingRequest):

@@ -102,7 +102,14 @@ def recycle(state: IntArray, owner: int, tokens: IntArray, top: IntArray) -> Non
 
 @njit(cache=CACHE)
 def note(
-    tokens: IntArray, top: IntArray, count: int, root: int, nodes: IntArray, said: IntArray, path: IntArray
+    tokens: IntArray,
+    top: IntArray,
+    count: int,
+    root: int,
+    nodes: IntArray,
+    verified: int,
+    said: IntArray,
+    path: IntArray,
 ) -> int:
     """Keep what a step said until ``recycle`` may have it: its accepted nodes last, because they are no guesses.
 
@@ -111,20 +118,21 @@ def note(
         top: int32 [room, k], receives what was said after each.
         count: how many are kept already; if there is no room for more, these are dropped.
         root: the root's token.
-        nodes: int32 [m], the nodes' tokens.
-        said: int32 [m + 1, k], the likeliest tokens after the root (entry 0) and after node i (entry i + 1).
-        path: int32 [a], the accepted nodes, from the root down; those beyond ``nodes`` are left out.
+        nodes: int32 [>= m], the nodes' tokens.
+        verified: m, how many of them count.
+        said: int32 [>= m + 1, k], the likeliest tokens after the root (entry 0) and after node i (entry i + 1).
+        path: int32 [a], the accepted nodes, from the root down; those beyond m are left out.
 
     Returns:
         How many are kept now.
     """
-    if count + len(nodes) + 1 > len(tokens):
+    if count + verified + 1 > len(tokens):
         count = 0
     accepted = len(path) - 1
-    while accepted >= 0 and path[accepted] >= len(nodes):
+    while accepted >= 0 and path[accepted] >= verified:
         accepted -= 1
     last = accepted
-    for i in range(len(nodes) - 1, -1, -1):
+    for i in range(verified - 1, -1, -1):
         if accepted >= 0 and path[accepted] == i:
             accepted -= 1
         else:

@@ -81,7 +81,7 @@ def test_any_number_of_namespaces_leaves_memory_flat() -> None:
 def noted(count: int, nodes: list[int], path: list[int], room: int = 8) -> tuple[list[int], list[int]]:
     tokens, top = np.zeros(room, np.int32), np.zeros((room, 1), np.int32)
     arrays = [np.array(values, np.int32) for values in (nodes, [[100 + i] for i in range(len(nodes) + 1)], path)]
-    end = note(tokens, top, count, 9, *arrays)
+    end = note(tokens, top, count, 9, arrays[0], len(arrays[0]), *arrays[1:])
     return tokens[:end].tolist(), top[:end, 0].tolist()
 
 
