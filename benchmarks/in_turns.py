@@ -2,12 +2,14 @@
 
     python benchmarks/in_turns.py --prompts HumanEval.jsonl.gz --temperature 0.8 --max-tokens 256
     python benchmarks/in_turns.py --prompts random --temperature 1.2 --batch 2
+    python benchmarks/in_turns.py --prompts HumanEval.jsonl.gz --without-recycling
 
 On a small or shared machine two processes with the same engine differ by several percent, because of the cores and the
 memory that they got. Here one engine of one process serves every group of requests twice, in random order: as it is,
 and with vLLM's own methods put back over those of our model runner and the speculative mode switched off. What stays
 ours even then (the sampler's processors, the attention class, whose ``forward`` is vLLM's without trees) costs nothing
-measurable; memory and caches are shared. Outputs have to be equal. One thread, float32, CPU.
+measurable; memory and caches are shared. Outputs have to be equal. One thread, float32, CPU. In a third turn, with
+``--without-recycling``, there are no recycled tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import argparse
 import os
 import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
@@ -39,7 +41,7 @@ HOOKS = [name for name in vars(LookaheadRunnerMixin) if hasattr(CPUModelRunner, 
 def as_stock(llm: LLM) -> Iterator[None]:
     """Within the block the engine decodes as vLLM does without speculation. No request may be in it."""
     core: Any = llm.llm_engine.engine_core.engine_core
-    runner = core.model_executor.driver_worker.worker.model_runner
+    runner = runner_of(llm)
     runner.set_trees(None)
     speculative, runner.speculative_config = runner.speculative_config, None
     use, core.use_spec_decode = core.use_spec_decode, False
@@ -51,6 +53,24 @@ def as_stock(llm: LLM) -> Iterator[None]:
         for name in HOOKS:
             delattr(runner, name)
         runner.speculative_config, core.use_spec_decode = speculative, use
+
+
+def runner_of(llm: LLM) -> Any:
+    """The engine's model runner."""
+    core: Any = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
+
+
+@contextmanager
+def without_recycling(llm: LLM) -> Iterator[None]:
+    """Requests that begin within the block neither guess from recycled tokens nor look for any."""
+    proposer = runner_of(llm).drafter.proposer
+    kept = proposer.num_top, proposer.guesses.recycled
+    proposer.num_top, proposer.guesses.recycled = 0, None
+    try:
+        yield
+    finally:
+        proposer.num_top, proposer.guesses.recycled = kept
 
 
 def serve(llm: LLM, prompts: list[str], params: list[SamplingParams], salt: str) -> tuple[float, list[list[int]]]:
@@ -72,6 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--without-recycling", action="store_true", help="a third turn without recycled tokens")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default; without it, eager mode")
     options = parser.parse_args()
     llm = LLM(
@@ -96,26 +117,38 @@ def main() -> None:
         for i in chosen
     ]
     groups = [slice(i, i + options.batch) for i in range(0, options.num_prompts, options.batch)]
-    serve(llm, prompts[:4], params[:4], "warm-up")
-    times: dict[str, list[float]] = {"stock": [], "ours": []}
+    turns: dict[str, Callable[[LLM], AbstractContextManager[None]]] = {
+        "stock": as_stock,
+        "ours": lambda llm: nullcontext(),
+    }
+    if options.without_recycling:
+        turns["without recycling"] = without_recycling
+    for name, turn in turns.items():
+        with turn(llm):
+            serve(llm, prompts[:4], params[:4], f"{name}, warm-up")
+    times: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(options.rounds):
         for group in groups:
-            outputs = {}
-            for name in random.sample(list(times), 2):
-                if name == "ours":
-                    seconds, outputs[name] = serve(llm, prompts[group], params[group], f"round {number}")
-                else:
-                    with as_stock(llm):
-                        seconds, outputs[name] = serve(llm, prompts[group], params[group], f"round {number}")
+            outputs = []
+            for name in random.sample(list(turns), len(turns)):
+                with turns[name](llm):
+                    # one salt for each turn: answers of the others help nobody
+                    seconds, tokens = serve(llm, prompts[group], params[group], f"{name}, round {number}")
                 times[name].append(seconds)
-            assert outputs["stock"] == outputs["ours"], "the outputs differ"
-    stock, ours = np.array(times["stock"]), np.array(times["ours"])
-    low, median, high = np.percentile(stock / ours, [25, 50, 75])
+                outputs.append(tokens)
+            assert all(tokens == outputs[0] for tokens in outputs), "the outputs differ"
+    taken = {name: np.array(seconds) for name, seconds in times.items()}
     print(
         f"[{options.method}], batch {options.batch}, temperature {options.temperature}, {options.max_tokens} tokens, "
-        f"{'compiled' if options.compiled else 'eager'}: {stock.sum() / ours.sum():.3f}x stock in all, "
-        f"by group {median:.3f} (quartiles {low:.3f} - {high:.3f}); {len(stock)} groups, outputs identical"
+        f"{'compiled' if options.compiled else 'eager'}; {len(taken['stock'])} groups, outputs identical:"
     )
+    for other in taken:
+        if other != "ours":
+            low, median, high = np.percentile(taken[other] / taken["ours"], [25, 50, 75])
+            print(
+                f"{taken[other].sum() / taken['ours'].sum():.3f}x {other} in all, by group {median:.3f} "
+                f"(quartiles {low:.3f} - {high:.3f})"
+            )
 
 
 if __name__ == "__main__":
