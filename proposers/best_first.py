@@ -35,7 +35,6 @@ from proposers.calibration import (
     TEXTS,
     Float64Array,
     agreement_class,
-    chance,
     chance_of,
     copy_level,
     knowledge,
@@ -59,7 +58,7 @@ from proposers.text_index import (
     extend_key,
     first_key,
     peek,
-    prefetch_row_at,
+    prefetch_row,
     row_address,
     row_key,
     seen_in_row,
@@ -223,7 +222,7 @@ def weigh(known: Known, scratch: Scratch) -> None:
     ranks = max(0, known.recycled.shape[1] - TOP)
     floats[RANKED + ranks] = limit
     for rank in range(ranks - 1, -1, -1):
-        floats[RANK + rank] = chance(known.engine, known.request, RANKS + rank)
+        floats[RANK + rank] = chance_of(known.engine, RANKS + rank, floats[RATIOS + RECYCLED])
         limit = max(limit, floats[RANK + rank])
         floats[RANKED + rank] = limit
 
@@ -298,7 +297,7 @@ def _ask_for_rows(known: Known, scratch: Scratch, length: int) -> int:
             if n >= known.shortest:
                 found_by = row_key(key, n)
                 longs[index(KEYS + n * TEXTS + i)] = np.int64(found_by)
-                prefetch_row_at(first, found_by, shift)
+                prefetch_row(first, found_by, shift)
     return longest
 
 

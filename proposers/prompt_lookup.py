@@ -68,7 +68,6 @@ class GuessingRequest(RequestProposer):
     """
 
     def __init__(self, guesses: Guesses, prompt: IntArray, info: RequestInfo, *, texts: bool) -> None:
-        self._guesses = guesses
         self._known = RequestGuesses(guesses, prompt, info, texts=texts)
 
     def propose(self, context: IntArray, budget: int) -> DraftTree:

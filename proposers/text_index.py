@@ -126,33 +126,6 @@ def row_key(key: np.uint64, n: int) -> np.uint64:
     return mixed ^ (mixed >> np.uint64(29))
 
 
-def _emit_prefetch(builder: Any, pointer: Any) -> None:
-    flag = ir.IntType(32)
-    signature = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
-    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
-    builder.call(function, [pointer, flag(0), flag(3), flag(1)])  # to read, keep, data
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(typing: Any, array: Any, at: Any) -> Any:
-    """Ask for the cache line of ``array[at]`` before it is needed: most time of a proposal is spent on waiting."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        struct = context.make_array(array)(context, builder, arguments[0])
-        _emit_prefetch(builder, builder.bitcast(builder.gep(struct.data, [arguments[1]]), ir.IntType(8).as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), emit
-
-
-@njit(cache=CACHE, inline="always")
-def prefetch_row(state: IntArray, key: np.uint64) -> None:
-    """``find_row`` will ask for this ``row_key`` soon."""
-    at = np.int64(key >> np.uint64(64 - state[ROW_BITS]))
-    for way in range(WAYS):
-        _prefetch(state, np.int64(state[ROWS]) + (at ^ way) * ROW)
-
-
 @njit(cache=CACHE, inline="always")
 def find_row(state: IntArray, key: np.uint64, owner: int) -> int:
     """Where in ``state`` the row of a ``row_key`` begins, or -1; also if it has not been written for too long."""
@@ -204,22 +177,26 @@ def seen_in_row(typing: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _prefetch_at(typing: Any, address: Any) -> Any:
-    """Ask for the cache line of an address."""
+def _prefetch(typing: Any, address: Any) -> Any:
+    """Ask for the cache line of an address before it is needed: much of a proposal's time is spent on waiting."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _emit_prefetch(builder, builder.inttoptr(arguments[0], ir.IntType(8).as_pointer()))
+        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        flag = ir.IntType(32)
+        signature_of_llvm = ir.FunctionType(ir.VoidType(), [pointer.type, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, signature_of_llvm, "llvm.prefetch.p0i8")
+        builder.call(function, [pointer, flag(0), flag(3), flag(1)])  # to read, keep, data
         return context.get_dummy_value()
 
     return types.void(types.int64), emit
 
 
 @njit(cache=CACHE, inline="always")
-def prefetch_row_at(first: int, key: np.uint64, shift: np.uint64) -> None:
+def prefetch_row(first: int, key: np.uint64, shift: np.uint64) -> None:
     """``row_address`` will be asked for this soon."""
     at = np.int64(key >> shift) * (4 * ROW)
     for way in range(WAYS):
-        _prefetch_at(first + (at ^ (way * 4 * ROW)))
+        _prefetch(first + (at ^ (way * 4 * ROW)))
 
 
 @njit(cache=CACHE, inline="always")
@@ -323,10 +300,12 @@ def link_place(state: IntArray, text: IntArray, start: int, end: int, place: int
 @njit(cache=CACHE, inline="always")
 def _ask_for_rows(state: IntArray, text: IntArray, at: int) -> None:
     """``count_token`` will count ``text[at]`` soon."""
+    first = np.int64(state.ctypes.data) + 4 * np.int64(state[ROWS])
+    shift = np.uint64(64 - state[ROW_BITS])
     key = first_key(0)
     for n in range(1, min(state[ORDER] - 1, at) + 1):
         key = extend_key(key, text[at - n])
-        prefetch_row(state, row_key(key, n))
+        prefetch_row(first, row_key(key, n), shift)
 
 
 @njit(cache=CACHE)
